@@ -1,0 +1,46 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# PY=/path/to/python uses an existing environment, as it is, instead of making $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+CPU_TORCH ?= 2.13.0
+export OMP_NUM_THREADS ?= 1
+
+ifdef PY
+TEST_ENV :=
+DEMO_ENV :=
+else
+PY := $(VENV)/bin/python
+TEST_ENV := $(VENV)/.test-ready
+DEMO_ENV := $(VENV)/.demo-ready
+endif
+
+.PHONY: demo test lint
+
+demo: $(DEMO_ENV)
+	OMP_NUM_THREADS=2 $(PY) -m benchmarks.demo
+
+test: $(TEST_ENV)
+	$(PY) -m ruff check .
+	$(PY) -m pytest -n 2
+
+lint: $(TEST_ENV)
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+# Without a GPU, torch must be a CPU build: the plain one brings gigabytes of CUDA. pip finds a CPU build where the
+# machine is set up for one; else uv, which knows where they are, gets it.
+$(VENV)/.torch-ready:
+	$(PYTHON) -m venv $(VENV)
+	if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi > /dev/null; then \
+	  $(VENV)/bin/pip install -q "torch==$(CPU_TORCH)+cpu" 2> /dev/null || \
+	  { $(VENV)/bin/pip install -q uv && \
+	    $(VENV)/bin/uv pip install --python $(VENV)/bin/python --torch-backend cpu "torch>=$(CPU_TORCH)"; }; \
+	fi
+	touch $@
+
+$(VENV)/.test-ready: $(VENV)/.torch-ready pyproject.toml
+	$(VENV)/bin/pip install -q -e ".[test]"
+	touch $@
+
+$(VENV)/.demo-ready: $(VENV)/.torch-ready pyproject.toml
+	$(VENV)/bin/pip install -q -e ".[demo]"
+	touch $@

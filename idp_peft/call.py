@@ -1,0 +1,79 @@
+"""What one call asks of IDP: arguments that the base model's forward does not know, carried to the decoder's hook.
+
+Held in a `ContextVar`, so that threads and tasks that share a model never see each other's.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
+
+import torch
+
+from idp_peft.selection import Selection
+
+
+@dataclass
+class Call:
+    """One `forward` of the model, or one `generate`, which holds many.
+
+    Args:
+        owner (`IDPLayer`): the layer this call speaks to; others ignore it.
+        prompt_ids (`torch.Tensor`, *optional*): `[batch]`, forced prompts.
+        selection_mask (`torch.Tensor`, *optional*): `[batch, n]`, tokens that may steer the choice.
+        labels (`torch.Tensor`, *optional*): `[batch, n]`; the choice reads what stands before the first label.
+        generating (`bool`): whether this is a `generate`, whose choice is made once and kept.
+        batch (`int`, *optional*): rows that the caller gave, before `generate` multiplies them for beams.
+        chosen (`Selection`, *optional*): the choice, once made.
+    """
+
+    owner: object
+    prompt_ids: torch.Tensor | None = None
+    selection_mask: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    generating: bool = False
+    batch: int | None = None
+    chosen: Selection | None = None
+    token: Token | None = field(default=None, repr=False)
+
+
+_call: ContextVar[Call | None] = ContextVar("idp_call", default=None)
+_internal: ContextVar[bool] = ContextVar("idp_internal", default=False)
+
+
+def current_call(owner: object) -> Call | None:
+    """The innermost call that speaks to `owner`, or `None`."""
+    call = _call.get()
+    return call if call is not None and call.owner is owner else None
+
+
+def begin(call: Call) -> None:
+    call.token = _call.set(call)
+
+
+def end(call: Call) -> None:
+    _call.reset(call.token)
+
+
+@contextmanager
+def running(call: Call):
+    begin(call)
+    try:
+        yield call
+    finally:
+        end(call)
+
+
+@contextmanager
+def internal_run():
+    """While IDP itself runs the decoder (for the prompt cache), its hooks stand aside."""
+    token = _internal.set(True)
+    try:
+        yield
+    finally:
+        _internal.reset(token)
+
+
+def is_internal_run() -> bool:
+    return _internal.get()

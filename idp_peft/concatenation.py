@@ -1,0 +1,77 @@
+"""Prompts in front of the input embeddings: the definition itself, f([P ; E(x)]), where no prompt cache can stand in.
+
+Used under gradient checkpointing, which recomputes layers and cannot keep a cache, and where a decoder measures distance
+in slots (a full sliding window, MPT), so that padding must stand before the prompt instead of behind it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Concatenation:
+    """One batch with its prompts: rows are `[padding ; prompt ; tokens]`.
+
+    Args:
+        inputs_embeds (`torch.Tensor`): `[batch, K+n, d]`.
+        attention_mask (`torch.Tensor`): int64 `[batch, K+n]`.
+        position_ids (`torch.Tensor`): int64 `[batch, K+n]`.
+        front (`int`): K, the slots in front of the caller's n.
+    """
+
+    inputs_embeds: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    front: int
+
+    @classmethod
+    def build(cls, prompts, prompt_mask, embeds, real, position_ids) -> Concatenation:
+        """Put each row's prompt between its left padding and its first token.
+
+        Args:
+            prompts (`torch.Tensor`): `[batch, K, d]`, right-aligned.
+            prompt_mask (`torch.Tensor`): bool `[batch, K]`.
+            embeds (`torch.Tensor`): `[batch, n, d]`.
+            real (`torch.Tensor`): bool `[batch, n]`, the attention mask.
+            position_ids (`torch.Tensor`): int64 `[batch, n]`, prompts counted in.
+        """
+        front = prompts.shape[1]
+        slots = torch.arange(front + embeds.shape[1], device=embeds.device)  # [K+n]
+        padding = (real.long().cumsum(1) == 0).sum(1, keepdim=True)  # [B, 1]
+        # Where each slot's content comes from in [prompt ; padding ; tokens]: padding moves forward by K.
+        order = torch.where(slots < padding, slots + front, torch.where(slots < padding + front, slots - padding, slots))
+        prompt_positions = torch.arange(front, device=embeds.device).expand(len(embeds), -1)
+
+        def arrange(prompt_part: torch.Tensor, input_part: torch.Tensor) -> torch.Tensor:
+            both = torch.cat([prompt_part, input_part], dim=1)
+            index = order if both.ndim == 2 else order[..., None].expand(-1, -1, both.shape[2])
+            return both.gather(1, index)
+
+        return cls(
+            inputs_embeds=arrange(prompts, embeds),
+            attention_mask=arrange(prompt_mask.long(), real.long()),
+            position_ids=arrange(prompt_positions, position_ids),
+            front=front,
+        )
+
+    def drop_front(self, outputs) -> None:
+        """Cut a decoder's outputs, in place, to the caller's n positions.
+
+        Attention maps keep the prompt's columns, as they do when the prompt comes from the cache.
+        """
+        rows, slots = self.attention_mask.shape
+        if getattr(outputs, "last_hidden_state", None) is not None:
+            outputs["last_hidden_state"] = outputs.last_hidden_state[:, self.front :]
+        if getattr(outputs, "hidden_states", None) is not None:
+            outputs["hidden_states"] = tuple(states[:, self.front :] for states in outputs.hidden_states)
+        if getattr(outputs, "attentions", None) is not None:
+            outputs["attentions"] = tuple(
+                None if weights is None else weights[:, :, self.front :] for weights in outputs.attentions
+            )
+        if getattr(outputs, "router_logits", None) is not None:  # per layer [batch * slots, experts]
+            outputs["router_logits"] = tuple(
+                logits.view(rows, slots, -1)[:, self.front :].flatten(0, 1) for logits in outputs.router_logits
+            )

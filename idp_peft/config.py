@@ -1,0 +1,202 @@
+"""What an IDP adapter is: how many prompts, how long, who picks one, and how they start."""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from peft import PeftConfig, TaskType
+
+
+class IDPPeftType(str, enum.Enum):
+    """The key under which PEFT and transformers know the method.
+
+    An enum of our own: transformers reads `peft_type.value`, so a plain string would break it.
+    """
+
+    IDP = "IDP"
+
+
+SELECTIONS = ("attention", "random", "fixed")
+REDUCTIONS = ("mean", "sum")
+ASSIGNMENTS = ("uniform", "selected", "all")
+INITS = ("vocab", "random", "text")
+# PEFT and TRL read these fields on every config; IDP trains nothing but its prompts, so they stay None.
+_UNUSED_FIELDS = ("target_modules", "modules_to_save", "trainable_token_indices")
+
+
+@dataclass
+class IDPConfig(PeftConfig):
+    r"""
+    Configuration of Inference-time Dynamic Prompting: M soft prompts, one of which each input picks for itself.
+
+        i*(x)  = argmax_i  mean_{heads, t in ctx(x), j <= k_i}  A[t, (i, j)]
+        IDP(x) = f([P_{i*} ; E(x)])
+
+    Source: Hoang et al., "Do Compressed LLMs Forget Knowledge?", arXiv 2310.00867, section 3. The paper leaves prompt
+    counts, lengths and the selecting layer open; each is a field here.
+
+    Args:
+        task_type (`str`, *required in practice*, defaults to `None`):
+            `"CAUSAL_LM"`, or `None` for a bare `PeftModel` around a causal language model. Nothing else: the method
+            needs causal attention.
+        num_prompts (`int`, defaults to `4`):
+            M, how many soft prompts the bank holds, at least 1. With 1 there is nothing to choose and IDP is prompt
+            tuning that survives padding, beams and static caches. The paper combines two to four.
+        num_virtual_tokens (`int`, `list[int]` or `None`, defaults to `32`):
+            k, the length of every prompt in tokens, or one length per prompt (each at least 1). `None` is allowed with
+            `init="text"` alone: each prompt is then as long as its text. 32 is a whole number of cache blocks in the
+            common serving engines.
+        selection (`str`, defaults to `"attention"`):
+            Who picks. `"attention"`: the equation above. `"random"`: a hash of the context's token ids and
+            `selection_seed`, so the same input always gets the same prompt, alone or in a batch; the baseline every
+            claim about selection must beat. `"fixed"`: always `fixed_prompt`.
+        selection_layer (`int`, defaults to `0`):
+            The decoder layer whose attention decides, from `-L` to `L-1` for L layers; negative counts from the end.
+            At layer 0 the choice is exact and costs a fraction of one layer, because the input's queries there do not
+            depend on any prompt. At a deeper layer the layers below see all M prompts at once, as in the paper.
+        selection_reduction (`str`, defaults to `"mean"`):
+            `"mean"` divides a prompt's attention by its length; `"sum"` does not, and so favours longer prompts.
+        selection_seed (`int`, defaults to `0`):
+            Seed of `selection="random"`, 0 or more.
+        fixed_prompt (`int`, defaults to `0`):
+            The prompt that `selection="fixed"` uses, from 0 to `num_prompts - 1`.
+        assignment (`str`, defaults to `"uniform"`):
+            Which prompt a training example trains (in training mode; evaluation always selects). `"uniform"`: a
+            balanced random deal over each batch, from torch's global generator, so a resumed `Trainer` continues it
+            exactly. `"selected"`: the one the example would choose. `"all"`: every example trains every prompt, at M
+            times the cost; the loss is the mean over prompts, the returned logits their mean.
+        init (`str`, defaults to `"vocab"`):
+            How prompts start. `"vocab"`: embeddings of distinct random real tokens, after the embedding module's own
+            scaling (Gemma multiplies by the square root of the width), so that they start where the model expects
+            its inputs. `"random"`: Gaussian vectors of the same root mean square norm. `"text"`: the embeddings of
+            `init_text`, repeated or cut to the prompt's length.
+        init_text (`list[str]`, *optional*):
+            One text per prompt, for `init="text"` alone.
+        tokenizer_name_or_path (`str`, *optional*):
+            Tokenizer of `init_text`: a Hub id or a folder, for `init="text"` alone.
+        tokenizer_kwargs (`dict`, *optional*):
+            Further arguments of `AutoTokenizer.from_pretrained`, for `init="text"` alone.
+        init_weights (`bool`, defaults to `True`):
+            `False` leaves the prompts at torch's own random embedding initialisation; for tests of loading.
+
+    Raises:
+        `ValueError`: naming the field, the rule and the value received, for every value or combination outside the
+        above.
+    """
+
+    num_prompts: int = field(default=4, metadata={"help": "M, the number of soft prompts in the bank (>= 1)."})
+    num_virtual_tokens: int | list[int] | None = field(
+        default=32, metadata={"help": "k, tokens per prompt: one int, or one length per prompt."}
+    )
+    selection: str = field(default="attention", metadata={"help": f"Who picks a prompt: one of {SELECTIONS}."})
+    selection_layer: int = field(default=0, metadata={"help": "Layer whose attention decides; negative from the end."})
+    selection_reduction: str = field(default="mean", metadata={"help": f"One of {REDUCTIONS}."})
+    selection_seed: int = field(default=0, metadata={"help": "Seed of selection='random' (>= 0)."})
+    fixed_prompt: int = field(default=0, metadata={"help": "The prompt that selection='fixed' uses."})
+    assignment: str = field(default="uniform", metadata={"help": f"Prompt a training example trains: {ASSIGNMENTS}."})
+    init: str = field(default="vocab", metadata={"help": f"How prompts start: one of {INITS}."})
+    init_text: list[str] | None = field(default=None, metadata={"help": "One text per prompt, for init='text'."})
+    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer of `init_text`."})
+    tokenizer_kwargs: dict | None = field(default=None, metadata={"help": "Arguments of that tokenizer's loading."})
+    init_weights: bool = field(default=True, metadata={"help": "False: leave torch's embedding initialisation."})
+    target_modules: list[str] | None = field(default=None, metadata={"help": "Must stay None."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Must stay None."})
+    trainable_token_indices: list[int] | None = field(default=None, metadata={"help": "Must stay None."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = IDPPeftType.IDP
+        if self.task_type not in (None, TaskType.CAUSAL_LM):
+            raise ValueError(
+                f"`task_type` must be 'CAUSAL_LM' (or None), got {str(self.task_type)!r}: IDP prompts a causal language model"
+            )
+        for name in _UNUSED_FIELDS:
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(f"`{name}` must be None, got {value!r}: IDP trains its prompts and nothing else")
+        _check_int("num_prompts", self.num_prompts, low=1)
+        self._check_lengths()
+        for name, allowed in (
+            ("selection", SELECTIONS),
+            ("selection_reduction", REDUCTIONS),
+            ("assignment", ASSIGNMENTS),
+            ("init", INITS),
+        ):
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        _check_int("selection_layer", self.selection_layer)
+        _check_int("selection_seed", self.selection_seed, low=0)
+        _check_int("fixed_prompt", self.fixed_prompt, low=0)
+        if self.fixed_prompt >= self.num_prompts:
+            raise ValueError(
+                f"`fixed_prompt` must be below num_prompts={self.num_prompts}, got {self.fixed_prompt}"
+            )
+        if self.fixed_prompt and self.selection != "fixed":
+            raise ValueError(
+                f"`fixed_prompt` needs selection='fixed', got fixed_prompt={self.fixed_prompt} with "
+                f"selection={self.selection!r}"
+            )
+        self._check_text_init()
+
+    def _check_lengths(self) -> None:
+        lengths = self.num_virtual_tokens
+        if lengths is None:
+            if self.init != "text":
+                raise ValueError(f"`num_virtual_tokens` may be None with init='text' alone, got init={self.init!r}")
+        elif isinstance(lengths, (list, tuple)):
+            if len(lengths) != self.num_prompts:
+                raise ValueError(
+                    f"`num_virtual_tokens` must have one length per prompt (num_prompts={self.num_prompts}), got "
+                    f"{len(lengths)} lengths {list(lengths)}"
+                )
+            for length in lengths:
+                _check_int("num_virtual_tokens", length, low=1)
+            self.num_virtual_tokens = list(lengths)
+        else:
+            _check_int("num_virtual_tokens", lengths, low=1)
+
+    def _check_text_init(self) -> None:
+        if self.init == "text":
+            if not isinstance(self.init_text, (list, tuple)) or len(self.init_text) != self.num_prompts:
+                count = len(self.init_text) if isinstance(self.init_text, (list, tuple)) else repr(self.init_text)
+                raise ValueError(
+                    f"`init_text` must be a list of one text per prompt (num_prompts={self.num_prompts}), got {count}"
+                )
+            for text in self.init_text:
+                if not isinstance(text, str) or not text.strip():
+                    raise ValueError(f"`init_text` must hold texts that are not empty, got {text!r}")
+            if self.tokenizer_name_or_path is None:
+                raise ValueError("`tokenizer_name_or_path` must be given with init='text', got None")
+            if self.tokenizer_kwargs is not None and not isinstance(self.tokenizer_kwargs, Mapping):
+                raise ValueError(f"`tokenizer_kwargs` must be a dict, got {self.tokenizer_kwargs!r}")
+        else:
+            for name in ("init_text", "tokenizer_name_or_path", "tokenizer_kwargs"):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(f"`{name}` needs init='text', got {value!r} with init={self.init!r}")
+
+    @property
+    def prompt_lengths(self) -> list[int]:
+        """`list[int]` of M entries: the length k_i of each prompt, in tokens."""
+        if self.num_virtual_tokens is None:
+            raise ValueError("`num_virtual_tokens` is not known before the texts of `init_text` were tokenised")
+        if isinstance(self.num_virtual_tokens, list):
+            return list(self.num_virtual_tokens)
+        return [self.num_virtual_tokens] * self.num_prompts
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
+        """Load a config from a folder or the Hub; a local folder is remembered, so that its weights can be checked
+        before a model is touched (see `checkpoint.py`)."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        if os.path.isdir(folder):
+            config._checkpoint_folder = folder
+        return config
+
+
+def _check_int(name: str, value, low: int | None = None) -> None:
+    bound = "" if low is None else f" of at least {low}"
+    if isinstance(value, bool) or not isinstance(value, int) or (low is not None and value < low):
+        raise ValueError(f"`{name}` must be an int{bound}, got {value!r}")

@@ -1,0 +1,106 @@
+"""What IDP needs to know about a base model's decoder, read from its modules and config rather than from a list of names."""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+_ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
+_POSITION_TABLES = ("wpe", "embed_positions")
+
+
+def find_decoder(model: nn.Module) -> nn.Module:
+    """The decoder of a causal language model: what turns embeddings into the hidden states its head reads.
+
+    Raises:
+        `ValueError`: for a model that is no decoder-only causal language model, has no attention, or is only the
+            decoder without its head.
+    """
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if config is None or not callable(getattr(model, "get_decoder", None)):
+        raise ValueError(f"IDP needs a transformers model with `get_decoder()`, got {name}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"IDP needs a decoder-only model: {name} is an encoder-decoder")
+    decoder = model.get_decoder()
+    if decoder is model or decoder is None:
+        raise ValueError(f"IDP needs a causal language model with its head (AutoModelForCausalLM), got {name}")
+    if getattr(decoder.config, "is_decoder", True) is False and not getattr(model, "_is_stateful", False):
+        _refuse_bidirectional(model, decoder)
+    blocks = find_blocks(decoder)
+    without = None if blocks is None else next((i for i, b in enumerate(blocks[1]) if find_attention(b) is None), None)
+    if blocks is None or without is not None:
+        where = "" if without is None else f" in layer {without}"
+        raise ValueError(f"IDP needs attention in every layer of the decoder: found none{where} of {name}")
+    return decoder
+
+
+def _refuse_bidirectional(model: nn.Module, decoder: nn.Module) -> None:
+    if decoder.config.model_type in ("bert", "roberta", "xlm-roberta", "electra", "camembert", "megatron-bert"):
+        raise ValueError(
+            f"IDP needs causal attention: {type(model).__name__} attends in both directions (`is_decoder=False`)"
+        )
+
+
+def find_blocks(decoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """Name and list of the decoder's layers: its `ModuleList` with one entry per hidden layer."""
+    layers = getattr(decoder.config, "num_hidden_layers", None)
+    for name, child in decoder.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == layers:
+            return name, child
+    return None
+
+
+def find_attention(block: nn.Module) -> str | None:
+    """Name of a layer's self-attention module."""
+    return next((name for name in _ATTENTION_NAMES if isinstance(getattr(block, name, None), nn.Module)), None)
+
+
+@lru_cache(maxsize=None)
+def forward_parameters(module_class: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the arguments of a module class's forward, in order, without `self`."""
+    return tuple(inspect.signature(module_class.forward).parameters)[1:]
+
+
+@lru_cache(maxsize=None)
+def uses_interface(attention_class: type[nn.Module]) -> bool:
+    """Whether an attention class gets its attention function from transformers' `AttentionInterface`."""
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(attention_class.forward).__code__.co_names
+
+
+def has_alibi(decoder: nn.Module) -> bool:
+    """Whether distances enter the attention as an ALiBi bias that the decoder builds itself."""
+    config = decoder.config
+    return config.model_type in ("bloom", "mpt") or (config.model_type == "falcon" and bool(config.alibi))
+
+
+def distances_from_slots(decoder: nn.Module, tokens: int) -> bool:
+    """Whether the decoder measures some distance in cache slots, padding included, once `tokens` slots are in use:
+    an ALiBi bias built from the length (MPT), or a sliding window that is already full."""
+    config = decoder.config
+    if config.model_type == "mpt":
+        return True
+    window = getattr(config, "sliding_window", None)
+    if window is None or not getattr(config, "use_sliding_window", True):
+        return False
+    return tokens >= window
+
+
+def position_limit(decoder: nn.Module) -> int | None:
+    """How many positions the decoder's position table holds; `None` where positions are computed, not looked up."""
+    if decoder.config.model_type in ("gptj", "codegen"):
+        return decoder.config.max_position_embeddings
+    for name in _POSITION_TABLES:
+        table = getattr(decoder, name, None)
+        if isinstance(table, nn.Embedding):
+            return table.num_embeddings - getattr(table, "offset", 0)
+    return None
+
+
+def embedding_dtype(embeddings: nn.Module, decoder: nn.Module) -> torch.dtype:
+    """The dtype in which the decoder expects its input embeddings."""
+    dtype = embeddings.weight.dtype
+    return dtype if dtype.is_floating_point else decoder.dtype

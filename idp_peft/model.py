@@ -1,0 +1,265 @@
+"""The tuner: what PEFT creates, stores as `base_model`, and calls."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+from transformers import GenerationConfig, StaticCache
+
+from idp_peft import call as calls
+from idp_peft.checkpoint import check_folder, check_shapes
+from idp_peft.config import IDPConfig
+from idp_peft.decoder import find_blocks, find_decoder, has_alibi
+from idp_peft.layer import IDPLayer
+from idp_peft.prompt_bank import text_token_ids
+from idp_peft.prompted_cache import adopt, is_prompted
+from idp_peft.selection import Selection, check_prompt_ids
+
+_CHILD = "idp"
+_STATIC = ("static", "offloaded_static", "hybrid", "sliding_window", "offloaded_hybrid", "hybrid_chunked")
+
+
+class IDPModel(BaseTuner):
+    """Inference-time Dynamic Prompting on a causal language model.
+
+    The base's module tree stays as it is; its decoder gets one child, `idp`, which owns the prompt banks, and hooks that
+    put the chosen prompt in front of each input. All state lives on that child, so the same adapter works through
+    `PeftModel` and through transformers' own adapter methods.
+
+    What differs from the paper, which published no code (arXiv 2310.00867, section 3):
+        1. Prompts are compared at positions right before the input, where the chosen one will stand, not one after the
+           other.
+        2. A prompt's attention is divided by its length (`selection_reduction="mean"`), so longer prompts have no
+           advantage.
+        3. The choice is made once per input and kept through generation.
+        4. Prompts are trained together in one bank; the paper trains each alone.
+
+    Args:
+        model (`PreTrainedModel`): a decoder-only causal language model, compressed or not. It is never changed.
+        peft_config (`IDPConfig`): the adapter's configuration.
+        adapter_name (`str`): its name.
+    """
+
+    prefix = "idp_"
+    tuner_layer_cls = IDPLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    # ------------------------------------------------------------------ injection
+
+    def _pre_injection_hook(self, model: nn.Module, config: IDPConfig, adapter_name: str) -> None:
+        self._check(model, config)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs) -> None:
+        # Nothing to learn from a state dict: there is one place for the prompts.
+        kwargs["state_dict"] = None
+        try:
+            super().inject_adapter(model, adapter_name, **kwargs)
+        except Exception:
+            _remove_adapter(model, adapter_name)
+            raise
+
+    def _check(self, model: nn.Module, config: IDPConfig) -> None:
+        """Everything that can be refused is refused here, before the model is touched."""
+        decoder = find_decoder(model)
+        layers = len(find_blocks(decoder)[1])
+        if not -layers <= config.selection_layer < layers:
+            raise ValueError(
+                f"`selection_layer` must be between {-layers} and {layers - 1} for this model, got {config.selection_layer}"
+            )
+        if has_alibi(decoder) and config.selection_layer % layers and config.selection == "attention":
+            raise ValueError(
+                f"`selection_layer` must be 0 on {decoder.config.model_type!r}, a model with ALiBi, got "
+                f"{config.selection_layer}: its deeper layers cannot be shown all prompts at their own distances"
+            )
+        folder = getattr(config, "_checkpoint_folder", None)
+        if folder is not None:
+            check_folder(folder, config, _width(model))
+
+    def _prepare_adapter_config(self, peft_config: IDPConfig, model_config: dict) -> IDPConfig:
+        self._check(self.model, peft_config)  # `add_adapter` comes here without `_pre_injection_hook`
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: IDPConfig, key: str) -> bool:
+        return self.model.get_submodule(key) is find_decoder(self.model)
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ) -> None:
+        texts = None
+        if peft_config.init == "text" and (peft_config.num_virtual_tokens is None or not peft_config.inference_mode):
+            texts = text_token_ids(peft_config)
+            if peft_config.num_virtual_tokens is None:
+                peft_config.num_virtual_tokens = [len(ids) for ids in texts]
+        layer = getattr(target, _CHILD, None)
+        if layer is None:
+            layer = IDPLayer(self.model, target)
+            layer.train(target.training)
+            target.add_module(_CHILD, layer)
+        elif not isinstance(layer, IDPLayer):
+            raise ValueError(f"the decoder already has a module named {_CHILD!r} ({type(layer).__name__})")
+        layer.add_bank(adapter_name, peft_config, texts)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        try:
+            shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
+            check_shapes(shapes, config, _width(model), f"the file of adapter {adapter_name!r}")
+        except ValueError:
+            _remove_adapter(model, adapter_name)
+            raise
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    # ------------------------------------------------------------------ removal
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(
+            "an IDP adapter cannot be merged: a prompt is extra context in front of the input, not a change of any weight. "
+            "Use `unload()` to get the base model back, or keep the adapter: it costs no matrix product per token"
+        )
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        self.layer.detach()
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
+
+    # ------------------------------------------------------------------ use
+
+    @property
+    def layer(self) -> IDPLayer:
+        """The child module that owns the banks."""
+        return getattr(find_decoder(self.model), _CHILD)
+
+    @property
+    def last_selection(self) -> Selection | None:
+        """The latest [`Selection`] (of the calling thread, where it made one): `prompt_ids` int64 `[batch]`, and
+        `scores` float32 `[batch, M]` or `None`."""
+        return self.layer.last_selection
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "IDP cannot mix adapters in one batch (`adapter_names`): put the prompts into one bank and pass `prompt_ids`"
+            )
+        yield
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *args,
+        prompt_ids: torch.Tensor | None = None,
+        selection_mask: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """The base model's `generate`, with one prompt per row chosen at prefill and kept to the end.
+
+        Args:
+            inputs (`torch.Tensor`, *optional*): int64 `[batch, n]`, as in transformers; also as `input_ids` or
+                `inputs_embeds`.
+            prompt_ids (`torch.Tensor`, *optional*): int64 `[batch]`, forced prompts; -1 for no prompt.
+            selection_mask (`torch.Tensor`, *optional*): bool `[batch, n]`, the tokens that may steer the choice.
+            kwargs: everything transformers' `generate` takes.
+
+        Returns:
+            What the base model's `generate` returns: sequences of the caller's tokens and the new ones, no prompt.
+
+        Raises:
+            `ValueError`: for prompts out of range, a cache that is too small, or packed inputs.
+        """
+        layer = self.layer
+        source = next((x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
+        if source is None or layer.active_bank is None:
+            if prompt_ids is not None or selection_mask is not None:
+                raise ValueError("`prompt_ids` and `selection_mask` need an active IDP adapter and an input")
+            return self.model.generate(inputs, *args, **kwargs)
+        if prompt_ids is not None:
+            prompt_ids = check_prompt_ids(prompt_ids, len(source), layer._bank.num_prompts)
+        call = calls.Call(
+            layer, prompt_ids=prompt_ids, selection_mask=selection_mask, generating=True, batch=len(source)
+        )
+        self._make_room(source, args, kwargs)
+        with calls.running(call):
+            if self._prefill_in_chunks(args, kwargs) and prompt_ids is None:
+                call.chosen = self._choose_before_chunks(source, kwargs, selection_mask)
+            return self.model.generate(inputs, *args, **kwargs)
+
+    def _generation_config(self, args: tuple, kwargs: dict) -> GenerationConfig:
+        config = args[0] if args else kwargs.get("generation_config")
+        return self.model.generation_config if config is None else config
+
+    def _prefill_in_chunks(self, args: tuple, kwargs: dict) -> bool:
+        chunk = kwargs.get("prefill_chunk_size", self._generation_config(args, kwargs).prefill_chunk_size)
+        return chunk is not None
+
+    def _choose_before_chunks(self, source: torch.Tensor, kwargs: dict, selection_mask) -> Selection:
+        """The choice reads the whole input, so it is made before the input is cut."""
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device)
+            kwargs["attention_mask"] = mask.long()
+        name = "inputs_embeds" if source.is_floating_point() else "input_ids"
+        selection = self.layer.choose({name: source}, mask.bool(), selection_mask)
+        self.layer._remember(selection)
+        return selection
+
+    def _make_room(self, source: torch.Tensor, args: tuple, kwargs: dict) -> None:
+        """Static caches hold K more positions, and none of them is shown to transformers as compileable: it would
+        build 4-D masks that know nothing of the prompt."""
+        longest = self.layer._bank.max_length
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, StaticCache) and not is_prompted(cache):
+            room = min(getattr(layer, "max_cache_len", 0) for layer in cache.layers)
+            if room <= longest:
+                raise ValueError(
+                    f"the static cache holds {room} positions, the prompts alone take {longest}: make it longer by {longest}"
+                )
+            adopt(cache)
+        config = self._generation_config(args, kwargs)
+        kind = kwargs.get("cache_implementation", config.cache_implementation)
+        if cache is not None or kind not in _STATIC:
+            return
+        new_tokens = kwargs.get("max_new_tokens", config.max_new_tokens)
+        total = kwargs.get("max_length", config.max_length) or 0
+        tokens = source.shape[1] + (new_tokens or 20)
+        cache = StaticCache(
+            config=self.model.config.get_text_config(decoder=True),
+            max_cache_len=max(tokens, total) + longest,
+            offloading="offloaded" in kind,
+        )
+        adopt(cache)
+        kwargs["past_key_values"] = cache
+        kwargs.pop("cache_implementation", None)
+        if config.cache_implementation is not None:
+            config = copy.deepcopy(config)
+            config.cache_implementation = None
+            if args:
+                raise ValueError("pass `generation_config` by name to `generate` with a static cache")
+            kwargs["generation_config"] = config
+
+
+def _width(model: nn.Module) -> int:
+    embeddings = model.get_input_embeddings()
+    return embeddings.weight.shape[-1] if embeddings.weight.is_floating_point() else embeddings.embedding_dim
+
+
+def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take a half-loaded adapter off again, and the whole of IDP where it was the only one."""
+    configs = getattr(model, "peft_config", None)
+    for module in list(model.modules()):
+        if isinstance(module, IDPLayer) and adapter_name in module.idp_prompts:
+            if len(module.idp_prompts) > 1:
+                module.delete_adapter(adapter_name)
+            else:
+                base = module.model
+                module.detach()
+                if hasattr(base, "peft_config"):
+                    del base.peft_config
+    if isinstance(configs, dict):
+        configs.pop(adapter_name, None)

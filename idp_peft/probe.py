@@ -1,0 +1,198 @@
+"""Reading one layer's attention on all prompts, without running the layers above it and without touching the model.
+
+The decoder is copied *shallowly*: the copy shares every weight, has its first layers only, and its attention modules
+see a config whose attention implementation is our function. transformers' `AttentionInterface` hands that function the
+layer's finished queries and keys (rotated, normalised, scaled); at the selection layer it leaves with them. Nothing is
+registered on the model, and other threads run it undisturbed.
+
+Architectures that do not use the interface (BLOOM, Falcon, MPT, GPT-J) return eager attention weights instead.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, DynamicCache
+
+from idp_peft.decoder import find_attention, find_blocks, forward_parameters, has_alibi, uses_interface
+from idp_peft.prompt_cache import PromptCache
+from idp_peft.selection import AttentionLayer, BlockMask, attention_on_prompts
+
+_IMPLEMENTATION = "idp_probe"
+_HOOK_TABLES = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
+@dataclass(frozen=True)
+class _Probe:
+    layer: int
+    mask: BlockMask
+
+
+class _Reached(Exception):
+    """Raised at the selection layer: carries the result out of the model's forward."""
+
+    def __init__(self, result: torch.Tensor) -> None:
+        self.result = result
+
+
+_current: ContextVar[_Probe | None] = ContextVar("idp_probe", default=None)
+
+
+@torch.no_grad()
+def attention_at_layer(
+    decoder: nn.Module, layer: int, prompt_cache: PromptCache, inputs: dict, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """Attention of the input's tokens on each prompt at one layer, all prompts standing in front of the input at once.
+
+    Args:
+        decoder (`nn.Module`): the base model's decoder.
+        layer (`int`): from 0 to L-1.
+        prompt_cache (`PromptCache`): keys and values of the bank.
+        inputs (`dict`): `input_ids` `[batch, n]` or `inputs_embeds` `[batch, n, d]`.
+        attention_mask (`torch.Tensor`): bool `[batch, n]`.
+
+    Returns:
+        `torch.Tensor`: float32 `[batch, n, M]`, summed over a prompt's tokens, averaged over heads.
+
+    Raises:
+        `ValueError`: for a layer above the first on a model with ALiBi, whose layers cannot be shown all prompts at
+            their own distances.
+    """
+    block = find_blocks(decoder)[1][layer]
+    mask = BlockMask(prompt_cache.lengths, attention_mask)
+    if uses_interface(type(getattr(block, find_attention(block)))):
+        AttentionInterface.register(_IMPLEMENTATION, _probe_attention)
+        cache = prompt_cache.side_by_side(len(attention_mask), layer + 1)
+        return _run(decoder, layer, mask, inputs, cache, mask.input_positions(), _IMPLEMENTATION)
+    if layer == 0:
+        return _combine_separate_runs(decoder, mask, prompt_cache, inputs)
+    if has_alibi(decoder):
+        raise ValueError(
+            f"`selection_layer` must be 0 on {decoder.config.model_type!r}, a model with ALiBi, got {layer}: its deeper "
+            "layers cannot be shown all prompts at their own distances"
+        )
+    cache = prompt_cache.side_by_side(len(attention_mask), layer + 1)
+    weights = _run(decoder, layer, mask, inputs, cache, mask.input_positions(), "eager").mean(1)  # [B, n, S+n]
+    return torch.stack([part.sum(-1) for part in weights[..., : mask.prompt_tokens].split(mask.lengths, -1)], dim=-1)
+
+
+def _combine_separate_runs(
+    decoder: nn.Module, mask: BlockMask, prompt_cache: PromptCache, inputs: dict
+) -> torch.Tensor:
+    """Layer 0 from one eager run per prompt: the joint softmax follows exactly from each prompt's odds against the
+    input's own keys, because those keys and the queries are the same in every run."""
+    batch = len(mask.attention_mask)
+    odds = []
+    for prompt, length in enumerate(mask.lengths):
+        cache = prompt_cache.alone(prompt, batch, num_layers=1)
+        weights = _run(decoder, 0, mask, inputs, cache, mask.input_positions(), "eager").float()  # [B, H, n, k+n]
+        own = weights[..., length:].sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        odds.append(weights[..., :length].sum(-1) / own)
+    odds = torch.stack(odds, dim=-1)  # [B, H, n, M]
+    return (odds / (1 + odds.sum(-1, keepdim=True))).mean(1)
+
+
+def _run(decoder, layer, mask, inputs, cache: DynamicCache, position_ids, implementation: str) -> torch.Tensor:
+    """Run the copied decoder up to the attention of `layer` and return what that attention reports."""
+    probe = _copy_decoder(decoder, layer, implementation)
+    front = mask.attention_mask.new_ones(len(mask.attention_mask), cache.get_seq_length())
+    call = dict(
+        inputs,
+        attention_mask=torch.cat([front, mask.attention_mask], dim=1).long(),
+        past_key_values=cache,
+        position_ids=position_ids,
+        use_cache=True,
+    )
+    if "position_ids" not in forward_parameters(type(decoder)):
+        del call["position_ids"]
+    token = _current.set(_Probe(layer, mask))
+    try:
+        type(decoder).forward(probe, **call)
+    except _Reached as reached:
+        return reached.result
+    finally:
+        _current.reset(token)
+    raise RuntimeError(f"the attention of layer {layer} of {type(decoder).__name__} was not reached")
+
+
+def _copy_decoder(decoder: nn.Module, layer: int, implementation: str) -> nn.Module:
+    config = copy.copy(decoder.config)
+    config._attn_implementation_internal = implementation
+    config.output_hidden_states = False
+    config._output_attentions = False
+    name, blocks = find_blocks(decoder)
+    probe = _bare_copy(decoder)
+    probe.config = config
+    probe._modules[name] = nn.ModuleList([_copy_block(block, config) for block in blocks[: layer + 1]])
+    return probe
+
+
+def _copy_block(block: nn.Module, config) -> nn.Module:
+    name = find_attention(block)
+    attention = _bare_copy(getattr(block, name))
+    attention.config = config
+    if not uses_interface(type(attention)):
+        attention.forward = _EagerProbe(attention)
+    copied = _bare_copy(block)
+    copied._modules[name] = attention
+    return copied
+
+
+class _EagerProbe:
+    """Calls an attention module that does not use the interface, and leaves with its weights at the selection layer."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        self.attention = attention
+
+    def __call__(self, *args, **kwargs):
+        kwargs["output_attentions"] = True
+        outputs = type(self.attention).forward(self.attention, *args, **kwargs)
+        if self.attention.layer_idx == _current.get().layer:
+            raise _Reached(next(output for output in outputs[1:] if getattr(output, "ndim", 0) == 4))
+        return outputs
+
+
+def _bare_copy(module: nn.Module) -> nn.Module:
+    """A shallow copy in evaluation mode that shares weights and children, without hooks or dropout of its own."""
+    copied = copy.copy(module)
+    copied._modules = {k: nn.Identity() if isinstance(v, nn.Dropout) else v for k, v in module._modules.items()}
+    for table in _HOOK_TABLES:
+        setattr(copied, table, OrderedDict())
+    copied.__dict__.pop("forward", None)  # accelerate binds a device-moving forward to the original
+    copied.training = False
+    return copied
+
+
+def _probe_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None, s_aux=None, **_
+):
+    """The attention function of copied decoders: exact attention under the block mask; leaves at the selection layer.
+
+    Shapes as transformers passes them: `query` `[batch, heads, n, head_dim]`, `key` and `value`
+    `[batch, kv_heads, S+n, head_dim]`; returns `[batch, n, heads, head_dim]`.
+    """
+    probe = _current.get()
+    layer = AttentionLayer(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+        window=sliding_window,
+        sinks=s_aux,
+    )
+    if module.layer_idx == probe.layer:
+        raise _Reached(attention_on_prompts(query, key, layer, probe.mask))
+    visible = probe.mask.visible(0, query.shape[2], sliding_window)
+    weights = layer.probabilities(query, key, visible).to(value.dtype)
+    groups = query.shape[1] // value.shape[1]
+    output = weights @ value.repeat_interleave(groups, dim=1)
+    return output.transpose(1, 2).contiguous(), None

@@ -1,0 +1,101 @@
+"""The prompt bank: the M soft prompts of one adapter, stored end to end, and how they start."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from idp_peft.config import IDPConfig
+
+
+class PromptBank(nn.Embedding):
+    """The soft prompts of one adapter: `weight` is float32 `[sum_i k_i, d]`, prompt after prompt.
+
+    Args:
+        lengths (`list[int]`): k_i, the length of each prompt in tokens.
+        embedding_dim (`int`): d, the width of the base model's input embeddings.
+        device (`torch.device`, *optional*): where the weight lives.
+    """
+
+    def __init__(self, lengths: list[int], embedding_dim: int, device: torch.device | None = None) -> None:
+        super().__init__(sum(lengths), embedding_dim, device=device, dtype=torch.float32)
+        self.lengths = list(lengths)
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def max_length(self) -> int:
+        """K, the length of the longest prompt: every input starts at position K."""
+        return max(self.lengths)
+
+    def tokens(self) -> torch.Tensor:
+        """All soft prompt tokens, float `[sum_i k_i, d]`.
+
+        Goes through the module's forward, never through `weight`, so that sharded parameters (ZeRO-3, FSDP) are
+        gathered.
+        """
+        return self(torch.arange(self.num_embeddings, device=self.weight.device))
+
+    def token_index(self, align: str) -> torch.Tensor:
+        """int64 `[M, K]`: which row of `weight` stands in slot j of prompt i.
+
+        Args:
+            align (`str`): `"left"`: prompts begin at slot 0, and the slots after a shorter one repeat its last token.
+                `"right"`: prompts end at slot K-1, and the slots before a shorter one repeat its first token.
+        """
+        device = self.weight.device
+        lengths = torch.tensor(self.lengths, device=device)[:, None]  # [M, 1]
+        starts = lengths.cumsum(0) - lengths
+        slots = torch.arange(self.max_length, device=device)  # [K]
+        if align == "left":
+            return starts + torch.minimum(slots, lengths - 1)
+        return starts + (slots - (self.max_length - lengths)).clamp(min=0)
+
+    def real_slots(self) -> torch.Tensor:
+        """bool `[M, K]`: the slots of right-aligned prompts that hold a token of their own."""
+        slots = torch.arange(self.max_length, device=self.weight.device)
+        lengths = torch.tensor(self.lengths, device=self.weight.device)
+        return slots >= self.max_length - lengths[:, None]
+
+
+@torch.no_grad()
+def initial_tokens(config: IDPConfig, embeddings: nn.Module, texts: list[list[int]] | None) -> torch.Tensor:
+    """Starting values of a bank, float32 `[sum_i k_i, d]`, by `config.init`.
+
+    Args:
+        config (`IDPConfig`): the rule and the lengths.
+        embeddings (`nn.Module`): the base's input embedding module. It is *called*, so that whatever scaling it does
+            itself is in the result.
+        texts (`list[list[int]]`, *optional*): token ids of each `init_text`.
+    """
+    device, vocabulary = embeddings.weight.device, embeddings.weight.shape[0]
+    lengths = config.prompt_lengths
+    total = sum(lengths)
+    if config.init == "text":
+        ids = [ids[j % len(ids)] for ids, length in zip(texts, lengths, strict=True) for j in range(length)]
+        return embeddings(torch.tensor(ids, device=device)).float()
+    # Distinct tokens while the vocabulary lasts; the CPU generator makes a seed mean the same on every device.
+    ids = torch.cat([torch.randperm(vocabulary) for _ in range(-(-total // vocabulary))])[:total]
+    tokens = embeddings(ids.to(device)).float()  # [sum_i k_i, d]
+    if config.init == "random":
+        root_mean_square = tokens.pow(2).mean().sqrt()
+        tokens = torch.randn(tokens.shape).to(device) * root_mean_square
+    return tokens
+
+
+def text_token_ids(config: IDPConfig) -> list[list[int]]:
+    """Token ids of each `init_text`, without special tokens.
+
+    Raises:
+        `ValueError`: where a text has no tokens.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))
+    texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in config.init_text]
+    for text, ids in zip(config.init_text, texts, strict=True):
+        if not ids:
+            raise ValueError(f"`init_text` must hold texts with at least one token, got {text!r}")
+    return texts

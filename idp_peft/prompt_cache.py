@@ -1,0 +1,177 @@
+"""The prompt cache: every layer's keys and values of all prompts, computed once.
+
+Causal attention means that what a prompt contributes to a layer never depends on the input behind it. So each prompt is
+run through the base model once, alone; a request copies the rows of its chosen prompt and computes its own tokens only.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from idp_peft.decoder import forward_parameters
+from idp_peft.prompt_bank import PromptBank
+
+_lock = threading.RLock()
+
+
+@dataclass(frozen=True)
+class PromptCache:
+    """Keys and values of a prompt bank.
+
+    Prompt i occupies slots K-k_i .. K-1, which are also its positions; the slots before a shorter prompt repeat its
+    first token and must be masked.
+
+    Args:
+        keys (`list[torch.Tensor]`): per layer `[M, kv_heads, K, head_dim]`.
+        values (`list[torch.Tensor]`): per layer `[M, kv_heads, K, head_dim]`.
+        lengths (`list[int]`): k_i.
+    """
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    lengths: list[int]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory in bytes: 2 x layers x M x K x kv_heads x head_dim x bytes per element."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    def put_rows(self, prompt_ids: torch.Tensor, cache) -> None:
+        """Write the chosen prompts into an empty transformers cache.
+
+        Args:
+            prompt_ids (`torch.Tensor`): int64 `[batch]`, from 0 to M-1.
+            cache (`transformers.Cache`): receives `[batch, kv_heads, K, head_dim]` per layer.
+        """
+        slots = torch.arange(max(self.lengths), device=prompt_ids.device)
+        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            rows = prompt_ids.to(keys.device)
+            # `cache_position` is what static caches of transformers 5.0 write by; later versions ignore it.
+            cache.update(keys.index_select(0, rows), values.index_select(0, rows), layer, {"cache_position": slots})
+
+    def side_by_side(self, batch: int, num_layers: int) -> DynamicCache:
+        """A cache in which all prompts stand one after the other: `[batch, kv_heads, sum_i k_i, head_dim]` per layer."""
+        prompts = range(len(self.lengths))
+        return self._cache(num_layers, batch, lambda tensor: torch.cat([self._real(tensor, i) for i in prompts], -2))
+
+    def alone(self, prompt: int, batch: int, num_layers: int) -> DynamicCache:
+        """A cache that holds one prompt: `[batch, kv_heads, k_i, head_dim]` per layer."""
+        return self._cache(num_layers, batch, lambda tensor: self._real(tensor, prompt))
+
+    def _real(self, tensor: torch.Tensor, prompt: int) -> torch.Tensor:
+        return tensor[prompt, :, max(self.lengths) - self.lengths[prompt] :]  # [kv_heads, k_i, head_dim]
+
+    def _cache(self, num_layers: int, batch: int, pick: Callable[[torch.Tensor], torch.Tensor]) -> DynamicCache:
+        cache = DynamicCache()
+        for layer in range(num_layers):
+            keys, values = (pick(tensors[layer])[None].expand(batch, -1, -1, -1) for tensors in (self.keys, self.values))
+            cache.update(keys, values, layer)
+        return cache
+
+
+def compute_prompt_cache(decoder: nn.Module, bank: PromptBank, dtype: torch.dtype) -> PromptCache:
+    """Run each prompt alone through the decoder. Gradients flow where they are enabled.
+
+    Shorter prompts are padded at their end, where causal attention hides the padding, and moved to their slots
+    afterwards: no row is ever masked, so no kernel sees an empty row.
+
+    Raises:
+        `ValueError`: where a prompt holds NaN or infinity.
+    """
+    tokens = bank.tokens()  # [sum_i k_i, d]
+    check_finite(bank, tokens)
+    device, longest = tokens.device, bank.max_length
+    lengths = torch.tensor(bank.lengths, device=device)
+    slots = torch.arange(longest, device=device)
+    positions = (longest - lengths[:, None] + slots).clamp(max=longest - 1)  # [M, K]
+    cache = DynamicCache()
+    decoder(
+        inputs_embeds=tokens.to(dtype)[bank.token_index("left")],  # [M, K, d]
+        past_key_values=cache,
+        use_cache=True,
+        **({"position_ids": positions} if "position_ids" in forward_parameters(type(decoder)) else {}),
+    )
+    source = (slots - (longest - lengths[:, None])).clamp(min=0)  # [M, K], the row that belongs into each slot
+    equal = len(set(bank.lengths)) == 1
+
+    def place(tensor: torch.Tensor) -> torch.Tensor:
+        if equal:
+            return tensor
+        index = source.to(tensor.device)[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
+        return tensor.gather(2, index)
+
+    layers = cache.layers
+    return PromptCache([place(layer.keys) for layer in layers], [place(layer.values) for layer in layers], bank.lengths)
+
+
+def check_finite(bank: PromptBank, tokens: torch.Tensor) -> None:
+    """Raise where a prompt holds NaN or infinity.
+
+    Raises:
+        `ValueError`: naming the prompts.
+    """
+    finite = tokens.detach().isfinite().all(-1)  # [sum_i k_i]
+    if not finite.all():
+        bad = [i for i, part in enumerate(finite.split(bank.lengths)) if not part.all()]
+        raise ValueError(f"prompt(s) {bad} of the bank hold NaN or infinity: reload the adapter or lower the learning rate")
+
+
+class RememberedCache:
+    """The prompt cache of one adapter, kept until anything it depends on changes.
+
+    It depends on the prompts (compared by value: no way of writing them escapes that), the base's tensors (compared by
+    their version counters), the device, the dtype and autocast.
+    """
+
+    def __init__(self) -> None:
+        self._cache: PromptCache | None = None
+        self._prompts: torch.Tensor | None = None
+        self._setting: tuple | None = None
+        self._base: list[torch.Tensor] = []
+        self._base_version = 0
+
+    def get(self, decoder: nn.Module, bank: PromptBank, dtype: torch.dtype) -> PromptCache:
+        """The prompt cache, computed without gradients where it is missing or stale.
+
+        Two threads that ask at once wait for one computation.
+        """
+        with _lock, torch.inference_mode(False), torch.no_grad():
+            tokens = bank.tokens()
+            device = tokens.device.type
+            autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+            setting = (tokens.device, tokens.dtype, dtype, autocast, tuple(bank.lengths))
+            if not self._is_fresh(tokens, setting):
+                self.forget()
+                base = [t for n, t in _tensors(decoder) if not n.startswith("idp.")]
+                self._cache = compute_prompt_cache(decoder, bank, dtype)
+                self._prompts, self._setting = tokens.clone(), setting
+                self._base, self._base_version = base, _version(base)
+            return self._cache
+
+    def forget(self) -> None:
+        """Drop the cache; the next request computes it again. Needed only by whoever replaces base weights by hand."""
+        self.__init__()
+
+    def _is_fresh(self, tokens: torch.Tensor, setting: tuple) -> bool:
+        return (
+            self._cache is not None
+            and self._setting == setting
+            and self._base_version == _version(self._base)
+            and torch.equal(self._prompts, tokens)
+        )
+
+
+def _tensors(module: nn.Module):
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _version(tensors: list[torch.Tensor]) -> int:
+    return sum(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+

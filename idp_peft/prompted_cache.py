@@ -1,0 +1,154 @@
+"""A transformers cache whose prompt positions only the decoder sees.
+
+`generate` slices inputs, crops drafts and sizes masks by the cache's length, and its inputs hold no prompt. So once a
+prompt stands at the front of a cache, the cache answers `generate` and the caller in *input* positions, while the decoder
+works on a plain view that shares its layers and counts the prompt. The class of the caller's own object is changed in
+place, because the caller holds it for the next turn.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from transformers import Cache
+
+
+@dataclass
+class PromptPart:
+    """The prompt positions at the front of a cache.
+
+    Args:
+        prompt_ids (`torch.Tensor`): int64 `[batch]`, the prompt of each row, -1 for none.
+        positions (`int`): how many cache slots are not input slots (K; 0 where no row has a prompt).
+        shift (`torch.Tensor` or `int`): what to add to the input's `position_ids`, one int or int64 `[batch, 1]`.
+        mask (`torch.Tensor`, *optional*): bool `[batch, positions + covered]`, real slots at the front; `None` where
+            all are real.
+        covered (`int`): how many input slots `mask` speaks for, besides the prompt's (those of a prefill whose padding
+            stands before the prompt).
+    """
+
+    prompt_ids: torch.Tensor
+    positions: int
+    shift: torch.Tensor | int
+    mask: torch.Tensor | None
+    covered: int = 0
+
+    def extend_mask(self, attention_mask: torch.Tensor | None, batch: int, total: int) -> torch.Tensor | None:
+        """The mask over all cache slots, int64 `[batch, positions + total]`, or `None` where everything is real.
+
+        Args:
+            attention_mask (`torch.Tensor`, *optional*): `[batch, total]`, the caller's mask over all input slots.
+        """
+        if attention_mask is None and self.mask is None:
+            return None
+        device = self.prompt_ids.device if attention_mask is None else attention_mask.device
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, total, dtype=torch.long, device=device)
+        front = self.mask
+        if front is None:
+            front = attention_mask.new_ones(batch, self.positions)
+        covered = min(self.covered, total)
+        front = front[:, : self.positions + covered].to(attention_mask.device, attention_mask.dtype)
+        return torch.cat([front, attention_mask[:, covered:]], dim=1)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Follow the cache when its rows are reordered, repeated or dropped."""
+        rows = rows.to(self.prompt_ids.device)
+        self.prompt_ids = self.prompt_ids[rows]
+        if isinstance(self.shift, torch.Tensor):
+            self.shift = self.shift[rows]
+        if self.mask is not None:
+            self.mask = self.mask[rows.to(self.mask.device)]
+
+
+class _InputLengths:
+    """Mixed into a cache class: lengths are counted in input positions."""
+
+    # transformers builds 4-D masks outside the decoder for compileable caches, in sizes that know nothing of prompts.
+    is_compileable = False
+
+    def get_seq_length(self, layer_idx: int = 0):
+        length = super().get_seq_length(layer_idx)
+        return length - self.idp_part.positions if self.idp_part is not None else length
+
+    def crop(self, *args, **kwargs) -> None:
+        (size,) = (*args, *kwargs.values())
+        if _crops_to_a_length(type(self)) and size >= 0 and self.idp_part is not None:
+            size += self.idp_part.positions
+        super().crop(size)
+
+    def reset(self) -> None:
+        super().reset()
+        self.idp_part = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.idp_part is not None:
+            self.idp_part.select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.idp_part is not None:
+            rows = torch.arange(len(self.idp_part.prompt_ids))
+            self.idp_part.select_rows(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.idp_part is not None:
+            self.idp_part.select_rows(indices)
+
+    def get_mask_sizes(self, *args, **kwargs):
+        self._refuse()
+
+    def update(self, *args, **kwargs):
+        self._refuse()
+
+    def _refuse(self):
+        raise RuntimeError(
+            "this cache begins with an IDP prompt and can only be continued by a model with its IDP adapter enabled: "
+            "start a new cache, or enable the adapter"
+        )
+
+    def __reduce__(self):
+        return _rebuild, (type(self).__mro__[2], self.__dict__)
+
+
+@lru_cache(maxsize=None)
+def _prompted_class(plain: type[Cache]) -> type[Cache]:
+    return type(f"Prompted{plain.__name__}", (_InputLengths, plain), {})
+
+
+@lru_cache(maxsize=None)
+def _crops_to_a_length(prompted: type[Cache]) -> bool:
+    """transformers 5.0 crops to an absolute length; later versions remove a number of tokens."""
+    plain = prompted.__mro__[2]
+    return "tokens_to_remove" not in inspect.signature(plain.crop).parameters
+
+
+def _rebuild(plain: type[Cache], state: dict) -> Cache:
+    cache = plain.__new__(_prompted_class(plain))
+    cache.__dict__.update(state)
+    return cache
+
+
+def is_prompted(cache) -> bool:
+    """Whether a cache was adopted by IDP."""
+    return isinstance(cache, _InputLengths)
+
+
+def adopt(cache: Cache) -> None:
+    """Make a cache answer in input positions from now on; until a prompt stands in it, these are all its positions."""
+    if not is_prompted(cache):
+        cache.__class__ = _prompted_class(type(cache))
+        cache.idp_part = None
+
+
+def decoder_view(cache: Cache) -> Cache:
+    """What the decoder works on: the same layers, every position counted."""
+    plain = type(cache).__mro__[2]
+    view = plain.__new__(plain)
+    view.__dict__.update(cache.__dict__)
+    return view

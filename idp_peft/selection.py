@@ -1,0 +1,247 @@
+"""Which prompt an input gets.
+
+    i*(x) = argmax_i  mean_{heads, t in ctx(x), j <= k_i}  A[t, (i, j)]
+
+`A` is the attention of the selection layer when all M prompts stand in front of the input at once, in one softmax, no
+prompt sees another, and each prompt ends right before the input: prompt i has positions K-k_i .. K-1, the input starts
+at K. `ctx(x)` are the tokens the choice may look at. This file turns queries and keys into that choice; where they come
+from is `probe.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from idp_peft.config import IDPConfig
+
+# Attention logits of this many elements are held at once (64 MiB in float32).
+_CHUNK_ELEMENTS = 2**24
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was chosen for each row of a batch.
+
+    Args:
+        prompt_ids (`torch.Tensor`): int64 `[batch]`, the prompt of each row; -1 where a row was given none.
+        scores (`torch.Tensor`, *optional*): float32 `[batch, M]`, the score of each prompt (the equation above);
+            `None` where nothing was compared (forced, random, fixed or assigned).
+    """
+
+    prompt_ids: torch.Tensor
+    scores: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """Who sees whom while the input is compared with all prompts at once.
+
+    Keys are the S = sum_i k_i prompt tokens, prompt after prompt, then the n input tokens.
+
+    Args:
+        lengths (`list[int]`): k_i of each prompt.
+        attention_mask (`torch.Tensor`): bool `[batch, n]`, real tokens of the input.
+    """
+
+    lengths: list[int]
+    attention_mask: torch.Tensor
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(self.lengths)
+
+    def prompt_positions(self) -> torch.Tensor:
+        """int64 `[S]`: every prompt ends at position K-1."""
+        last = max(self.lengths)
+        return torch.cat([torch.arange(last - length, last) for length in self.lengths]).to(self.attention_mask.device)
+
+    def input_positions(self) -> torch.Tensor:
+        """int64 `[batch, n]`: real tokens count up from K, whatever the padding."""
+        ranks = self.attention_mask.long().cumsum(-1) - 1
+        return ranks.clamp(min=0) + max(self.lengths)
+
+    def visible(self, start: int, stop: int, window: int | None) -> torch.Tensor:
+        """bool `[batch, 1, stop-start, S+n]`: keys that the queries `start..stop-1` may attend to.
+
+        Args:
+            window (`int`, *optional*): sliding window of the layer, in positions.
+        """
+        batch, tokens = self.attention_mask.shape
+        device = self.attention_mask.device
+        query_index = torch.arange(start, stop, device=device)  # [q]
+        own = (torch.arange(tokens, device=device) <= query_index[:, None]) & self.attention_mask[:, None]  # [B, q, n]
+        prompts = own.new_ones(batch, stop - start, self.prompt_tokens)  # [B, q, S]
+        if window is not None:
+            positions = self.input_positions()
+            queries = positions[:, start:stop, None]  # [B, q, 1]
+            own = own & (queries - positions[:, None] < window)
+            prompts = queries - self.prompt_positions() < window
+        return torch.cat([prompts, own], dim=-1)[:, None]
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """The numbers of one attention layer that its logits depend on, as transformers passes them to an attention
+    function: `scaling`, `softcap` (Gemma 2), `window` (sliding), `sinks` (one logit per head, GPT-OSS)."""
+
+    scaling: float
+    softcap: float | None = None
+    window: int | None = None
+    sinks: torch.Tensor | None = None
+
+    def probabilities(self, query: torch.Tensor, key: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """Attention of some queries over all keys, float32 `[batch, heads, q, S+n]`.
+
+        Args:
+            query (`torch.Tensor`): `[batch, heads, q, head_dim]`.
+            key (`torch.Tensor`): `[batch, kv_heads, S+n, head_dim]`.
+            visible (`torch.Tensor`): bool `[batch, 1, q, S+n]`.
+        """
+        batch, heads, queries, width = query.shape
+        kv_heads = key.shape[1]
+        grouped = query.reshape(batch, kv_heads, heads // kv_heads * queries, width)
+        logits = (grouped @ key.transpose(-1, -2)).view(batch, heads, queries, -1).float() * self.scaling
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
+        if self.sinks is None:
+            return logits.softmax(-1)
+        sinks = self.sinks.float().view(1, heads, 1, 1).expand(batch, heads, queries, 1)
+        return torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
+
+
+def attention_on_prompts(
+    query: torch.Tensor, key: torch.Tensor, layer: AttentionLayer, mask: BlockMask
+) -> torch.Tensor:
+    """Attention that each input token pays to each prompt, summed over the prompt's tokens and averaged over heads.
+
+    Works through the queries in chunks, so that memory stays flat for long inputs.
+
+    Args:
+        query (`torch.Tensor`): `[batch, heads, n, head_dim]`, queries of the input.
+        key (`torch.Tensor`): `[batch, kv_heads, S+n, head_dim]`, keys of all prompts, then of the input.
+
+    Returns:
+        `torch.Tensor`: float32 `[batch, n, M]`.
+    """
+    batch, heads, tokens, _ = query.shape
+    chunk = max(1, _CHUNK_ELEMENTS // (batch * heads * key.shape[2]))
+    shares = []
+    for start in range(0, tokens, chunk):
+        stop = min(start + chunk, tokens)
+        weights = layer.probabilities(query[:, :, start:stop], key, mask.visible(start, stop, layer.window))
+        on_prompts = weights[..., : mask.prompt_tokens].mean(1)  # [B, q, S]
+        shares.append(torch.stack([part.sum(-1) for part in on_prompts.split(mask.lengths, -1)], dim=-1))
+    return torch.cat(shares, dim=1)
+
+
+def scores_from_attention(
+    on_prompts: torch.Tensor, context: torch.Tensor, lengths: list[int], reduction: str
+) -> torch.Tensor:
+    """The score of each prompt: mean over the context, and over the prompt's tokens when `reduction="mean"`.
+
+    Args:
+        on_prompts (`torch.Tensor`): `[batch, n, M]`, from [`attention_on_prompts`].
+        context (`torch.Tensor`): bool `[batch, n]`, the tokens the choice may look at, at least one per row.
+
+    Returns:
+        `torch.Tensor`: float32 `[batch, M]`.
+    """
+    weight = context.to(on_prompts.dtype)
+    scores = (on_prompts * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
+    if reduction == "mean":
+        scores = scores / torch.tensor(lengths, device=scores.device, dtype=scores.dtype)
+    return scores
+
+
+def choose_random(content: torch.Tensor, context: torch.Tensor, num_prompts: int, seed: int) -> torch.Tensor:
+    """A reproducible random prompt per row: a hash of the row's context and the seed.
+
+    Padding does not enter the hash, so a row gets the same prompt alone and in any batch.
+
+    Args:
+        content (`torch.Tensor`): int64 `[batch, n]`, token ids (or any integer code of the inputs).
+        context (`torch.Tensor`): bool `[batch, n]`.
+
+    Returns:
+        `torch.Tensor`: int64 `[batch]`.
+    """
+    rank = context.long().cumsum(-1)  # 1, 2, ... over the context, whatever stands between
+    terms = _mix(content.long() + _mix(rank + seed * 0x9E3779B1)) * context
+    digest = _mix(terms.sum(-1) + seed)
+    return (digest & (2**62 - 1)) % num_prompts
+
+
+def _mix(value: torch.Tensor) -> torch.Tensor:
+    """The finaliser of splitmix64 on int64 (arithmetic wraps around; shifts are made logical by masking)."""
+    value = (value ^ ((value >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
+    value = (value ^ ((value >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
+    return value ^ ((value >> 31) & (2**33 - 1))
+
+
+def deal_evenly(batch: int, num_prompts: int) -> torch.Tensor:
+    """`assignment="uniform"`: a shuffled deal of the prompts over a batch, int64 `[batch]`; counts differ by one at
+    most. Drawn from torch's global CPU generator, which `Trainer` saves and restores with its checkpoints."""
+    deals = -(-batch // num_prompts)
+    return torch.cat([torch.randperm(num_prompts) for _ in range(deals)])[:batch] if batch else torch.zeros(0).long()
+
+
+def context_tokens(
+    attention_mask: torch.Tensor, selection_mask: torch.Tensor | None, labels: torch.Tensor | None
+) -> torch.Tensor:
+    """ctx(x): the tokens the choice may look at, bool `[batch, n]`.
+
+    `selection_mask` decides where it is given. Else, where `labels` are given, the tokens before a row's first label
+    (a row without such tokens reads all of them). Padding never counts.
+
+    Raises:
+        `ValueError`: where a row has no token to choose by.
+    """
+    real = attention_mask.bool()
+    if selection_mask is not None:
+        if selection_mask.shape != real.shape:
+            raise ValueError(
+                f"`selection_mask` must have the input's shape {list(real.shape)}, got {list(selection_mask.shape)}"
+            )
+        context = real & selection_mask.to(real.device).bool()
+        hint = "`selection_mask` leaves no token to choose a prompt by in row(s) {rows}: mark at least one real token"
+    elif labels is not None:
+        labelled = labels.to(real.device) != -100
+        before = labelled.long().cumsum(-1) == 0  # [B, n]
+        context = real & before & labelled.any(-1, keepdim=True)
+        context = torch.where(context.any(-1, keepdim=True), context, real)
+        hint = None
+    else:
+        context, hint = real, None
+    if not (has_context := context.any(-1)).all():
+        rows = (~has_context).nonzero().flatten().tolist()
+        hint = hint or "`attention_mask` has no real token in row(s) {rows}: drop them, or force `prompt_ids`"
+        raise ValueError(hint.format(rows=rows))
+    return context
+
+
+def check_prompt_ids(prompt_ids: torch.Tensor, batch: int, num_prompts: int) -> torch.Tensor:
+    """Forced prompts, checked: int64 `[batch]`, each from -1 (no prompt for that row) to M-1.
+
+    Raises:
+        `ValueError`: on another shape, type or range.
+    """
+    prompt_ids = torch.as_tensor(prompt_ids)
+    if prompt_ids.shape != (batch,) or prompt_ids.is_floating_point() or prompt_ids.dtype == torch.bool:
+        raise ValueError(
+            f"`prompt_ids` must be integers of shape [{batch}], one per row, got {prompt_ids.dtype} of shape "
+            f"{list(prompt_ids.shape)}"
+        )
+    prompt_ids = prompt_ids.long()
+    if batch and (int(prompt_ids.min()) < -1 or int(prompt_ids.max()) >= num_prompts):
+        raise ValueError(
+            f"`prompt_ids` must be between -1 (no prompt) and {num_prompts - 1}, got {prompt_ids.tolist()}"
+        )
+    return prompt_ids
+
+
+def needs_attention(config: IDPConfig) -> bool:
+    """Whether choosing for this config reads the model's attention at all."""
+    return config.selection == "attention" and config.num_prompts > 1
