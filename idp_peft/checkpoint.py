@@ -34,7 +34,7 @@ def check_folder(folder: str, config: IDPConfig, width: int) -> None:
         return
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read and may be truncated: {error}") from error
     check_shapes(shapes, config, width, path)
@@ -61,7 +61,7 @@ def check_shapes(shapes: dict[str, tuple[int, ...]], config: IDPConfig, width: i
         return
     expected = (sum(config.prompt_lengths), width)
     if found != expected:
-        rows, columns = found if len(found) == 2 else (None, None)
+        _rows, columns = found if len(found) == 2 else (None, None)
         why = (
             f"its base has embeddings of width {columns}, this model's have width {width}"
             if columns != width

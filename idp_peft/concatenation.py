@@ -1,7 +1,7 @@
 """Prompts in front of the input embeddings: the definition itself, f([P ; E(x)]), where no prompt cache can stand in.
 
-Used under gradient checkpointing, which recomputes layers and cannot keep a cache, and where a decoder measures distance
-in slots (a full sliding window, MPT), so that padding must stand before the prompt instead of behind it.
+Used under gradient checkpointing, which recomputes layers and cannot keep a cache, and where a decoder measures
+distance in slots (a full sliding window, MPT), so that padding must stand before the prompt instead of behind it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Concatenation:
-    """One batch with its prompts: rows are `[padding ; prompt ; tokens]`.
+    """One batch with its prompts: rows are `[prompt ; padding ; tokens]` or `[padding ; prompt ; tokens]`.
 
     Args:
         inputs_embeds (`torch.Tensor`): `[batch, K+n, d]`.
@@ -28,8 +28,8 @@ class Concatenation:
     front: int
 
     @classmethod
-    def build(cls, prompts, prompt_mask, embeds, real, position_ids) -> Concatenation:
-        """Put each row's prompt between its left padding and its first token.
+    def build(cls, prompts, prompt_mask, embeds, real, position_ids, padding_first: bool) -> Concatenation:
+        """Put each row's prompt in front of its input.
 
         Args:
             prompts (`torch.Tensor`): `[batch, K, d]`, right-aligned.
@@ -37,12 +37,16 @@ class Concatenation:
             embeds (`torch.Tensor`): `[batch, n, d]`.
             real (`torch.Tensor`): bool `[batch, n]`, the attention mask.
             position_ids (`torch.Tensor`): int64 `[batch, n]`, prompts counted in.
+            padding_first (`bool`): whether left padding goes before the prompt, so that no slot stands between the
+                prompt and the first token. Otherwise the layout is the prompt cache's.
         """
         front = prompts.shape[1]
         slots = torch.arange(front + embeds.shape[1], device=embeds.device)  # [K+n]
-        padding = (real.long().cumsum(1) == 0).sum(1, keepdim=True)  # [B, 1]
+        padding = (real.long().cumsum(1) == 0).sum(1, keepdim=True) * padding_first  # [B, 1]
         # Where each slot's content comes from in [prompt ; padding ; tokens]: padding moves forward by K.
-        order = torch.where(slots < padding, slots + front, torch.where(slots < padding + front, slots - padding, slots))
+        order = torch.where(
+            slots < padding, slots + front, torch.where(slots < padding + front, slots - padding, slots)
+        )
         prompt_positions = torch.arange(front, device=embeds.device).expand(len(embeds), -1)
 
         def arrange(prompt_part: torch.Tensor, input_part: torch.Tensor) -> torch.Tensor:

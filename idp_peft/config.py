@@ -130,9 +130,7 @@ class IDPConfig(PeftConfig):
         _check_int("selection_seed", self.selection_seed, low=0)
         _check_int("fixed_prompt", self.fixed_prompt, low=0)
         if self.fixed_prompt >= self.num_prompts:
-            raise ValueError(
-                f"`fixed_prompt` must be below num_prompts={self.num_prompts}, got {self.fixed_prompt}"
-            )
+            raise ValueError(f"`fixed_prompt` must be below num_prompts={self.num_prompts}, got {self.fixed_prompt}")
         if self.fixed_prompt and self.selection != "fixed":
             raise ValueError(
                 f"`fixed_prompt` needs selection='fixed', got fixed_prompt={self.fixed_prompt} with "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import nn
@@ -59,13 +59,13 @@ def find_attention(block: nn.Module) -> str | None:
     return next((name for name in _ATTENTION_NAMES if isinstance(getattr(block, name, None), nn.Module)), None)
 
 
-@lru_cache(maxsize=None)
+@cache
 def forward_parameters(module_class: type[nn.Module]) -> tuple[str, ...]:
     """Names of the arguments of a module class's forward, in order, without `self`."""
     return tuple(inspect.signature(module_class.forward).parameters)[1:]
 
 
-@lru_cache(maxsize=None)
+@cache
 def uses_interface(attention_class: type[nn.Module]) -> bool:
     """Whether an attention class gets its attention function from transformers' `AttentionInterface`."""
     return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(attention_class.forward).__code__.co_names

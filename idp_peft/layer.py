@@ -117,7 +117,9 @@ class IDPLayer(nn.Module, BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if len(names) > 1 and len(set(names) & set(self.idp_prompts)) > 1:
-            raise ValueError(f"one IDP adapter can be active at a time, got {names}: merge their banks into one instead")
+            raise ValueError(
+                f"one IDP adapter can be active at a time, got {names}: merge their banks into one instead"
+            )
         super().set_adapter(names, inference_mode=inference_mode)
 
     @property
@@ -303,8 +305,8 @@ class IDPLayer(nn.Module, BaseTunerLayer):
 
         with_graph = torch.is_grad_enabled() and (bank.weight.requires_grad or decoder.training)
         checkpointing = decoder.training and with_graph and getattr(decoder, "gradient_checkpointing", False)
-        padded_between = mask is not None and distances_from_slots(decoder, bank.max_length + tokens) and not bool(
-            real[:, 0].all()
+        padded_between = (
+            mask is not None and distances_from_slots(decoder, bank.max_length + tokens) and not bool(real[:, 0].all())
         )
         prompt_cache = None
         if with_graph and not (checkpointing or padded_between):
@@ -331,7 +333,8 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         positions = positions + part.shift  # [B or 1, n]
 
         if checkpointing or (padded_between and any_prompted):
-            self._start_concatenated(decoder, kwargs, cache, part, real, positions, returns_cache and not checkpointing)
+            returns_cache = returns_cache and not checkpointing
+            self._start_concatenated(decoder, kwargs, cache, part, real, positions, returns_cache, padded_between)
             return
         cache = DynamicCache(config=decoder.config) if cache is None else cache
         adopt(cache)
@@ -345,7 +348,7 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         cache.idp_part = part
         self._enter(kwargs, _Frame(cache=cache, view=view, returns_cache=returns_cache))
 
-    def _start_concatenated(self, decoder, kwargs, cache, part, real, positions, returns_cache) -> None:
+    def _start_concatenated(self, decoder, kwargs, cache, part, real, positions, returns_cache, padding_first) -> None:
         """Prepend embeddings; the decoder computes the prompt with the input."""
         bank = self._bank
         embeds = kwargs.pop("inputs_embeds", None)
@@ -356,7 +359,7 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         rows = part.prompt_ids.clamp(min=0)
         prompts = tokens.to(embeds.dtype)[bank.token_index("right")][rows]  # [B, K, d]
         slots = part.mask if part.mask is not None else real.new_ones(len(embeds), bank.max_length)
-        joined = Concatenation.build(prompts, slots, embeds, real, positions.expand(len(embeds), -1))
+        joined = Concatenation.build(prompts, slots, embeds, real, positions.expand(len(embeds), -1), padding_first)
         kwargs.update(inputs_embeds=joined.inputs_embeds, attention_mask=joined.attention_mask)
         _set_positions(decoder, kwargs, joined.position_ids)
         frame = _Frame(returns_cache=returns_cache, concatenation=joined)
@@ -473,7 +476,10 @@ class IDPLayer(nn.Module, BaseTunerLayer):
     @staticmethod
     def _returns_cache(decoder: nn.Module, kwargs: dict) -> bool:
         use_cache = kwargs.get("use_cache")
-        return bool(decoder.config.use_cache if use_cache is None else use_cache) or kwargs.get("past_key_values") is not None
+        return (
+            bool(decoder.config.use_cache if use_cache is None else use_cache)
+            or kwargs.get("past_key_values") is not None
+        )
 
 
 # ---------------------------------------------------------------------- small parts
@@ -542,9 +548,7 @@ def _check_mask(mask, batch: int, slots: int, of: str) -> None:
             "(transformers builds one for static caches; through peft's `generate` they work)"
         )
     if tuple(mask.shape) != (batch, slots):
-        raise ValueError(
-            f"`attention_mask` must cover {of}, [{batch}, {slots}], got {list(mask.shape)}"
-        )
+        raise ValueError(f"`attention_mask` must cover {of}, [{batch}, {slots}], got {list(mask.shape)}")
 
 
 def _refuse_packed(kwargs: dict, real: torch.Tensor) -> None:

@@ -174,7 +174,9 @@ class IDPModel(BaseTuner):
             `ValueError`: for prompts out of range, a cache that is too small, or packed inputs.
         """
         layer = self.layer
-        source = next((x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
+        source = next(
+            (x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
+        )
         if source is None or layer.active_bank is None:
             if prompt_ids is not None or selection_mask is not None:
                 raise ValueError("`prompt_ids` and `selection_mask` need an active IDP adapter and an input")

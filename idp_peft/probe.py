@@ -76,7 +76,11 @@ def attention_at_layer(
         cache = prompt_cache.side_by_side(len(attention_mask), layer + 1)
         return _run(decoder, layer, mask, inputs, cache, mask.input_positions(), _IMPLEMENTATION)
     if layer == 0:
-        return _combine_separate_runs(decoder, mask, prompt_cache, inputs)
+        # These decoders may measure distance in slots, so padding must not stand between prompt and input.
+        order = (~attention_mask).long().argsort(dim=1, stable=True)  # [B, n], real tokens first
+        inputs = {name: _gather(value, order) for name, value in inputs.items()}
+        mask = BlockMask(prompt_cache.lengths, attention_mask.gather(1, order))
+        return _gather(_combine_separate_runs(decoder, mask, prompt_cache, inputs), order.argsort(dim=1))
     if has_alibi(decoder):
         raise ValueError(
             f"`selection_layer` must be 0 on {decoder.config.model_type!r}, a model with ALiBi, got {layer}: its deeper "
@@ -85,6 +89,11 @@ def attention_at_layer(
     cache = prompt_cache.side_by_side(len(attention_mask), layer + 1)
     weights = _run(decoder, layer, mask, inputs, cache, mask.input_positions(), "eager").mean(1)  # [B, n, S+n]
     return torch.stack([part.sum(-1) for part in weights[..., : mask.prompt_tokens].split(mask.lengths, -1)], dim=-1)
+
+
+def _gather(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Reorder the tokens of each row: `values` `[batch, n, ...]`, `order` `[batch, n]`."""
+    return values.gather(1, order.view(*order.shape, *[1] * (values.ndim - 2)).expand_as(values))
 
 
 def _combine_separate_runs(
@@ -175,7 +184,17 @@ def _bare_copy(module: nn.Module) -> nn.Module:
 
 
 def _probe_attention(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None, s_aux=None, **_
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    sliding_window=None,
+    softcap=None,
+    s_aux=None,
+    **_,
 ):
     """The attention function of copied decoders: exact attention under the block mask; leaves at the selection layer.
 

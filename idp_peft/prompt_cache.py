@@ -70,7 +70,9 @@ class PromptCache:
     def _cache(self, num_layers: int, batch: int, pick: Callable[[torch.Tensor], torch.Tensor]) -> DynamicCache:
         cache = DynamicCache()
         for layer in range(num_layers):
-            keys, values = (pick(tensors[layer])[None].expand(batch, -1, -1, -1) for tensors in (self.keys, self.values))
+            keys, values = (
+                pick(tensors[layer])[None].expand(batch, -1, -1, -1) for tensors in (self.keys, self.values)
+            )
             cache.update(keys, values, layer)
         return cache
 
@@ -119,7 +121,9 @@ def check_finite(bank: PromptBank, tokens: torch.Tensor) -> None:
     finite = tokens.detach().isfinite().all(-1)  # [sum_i k_i]
     if not finite.all():
         bad = [i for i, part in enumerate(finite.split(bank.lengths)) if not part.all()]
-        raise ValueError(f"prompt(s) {bad} of the bank hold NaN or infinity: reload the adapter or lower the learning rate")
+        raise ValueError(
+            f"prompt(s) {bad} of the bank hold NaN or infinity: reload the adapter or lower the learning rate"
+        )
 
 
 class RememberedCache:
@@ -174,4 +178,3 @@ def _tensors(module: nn.Module):
 
 def _version(tensors: list[torch.Tensor]) -> int:
     return sum(0 if tensor.is_inference() else tensor._version for tensor in tensors)
-

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from transformers import Cache
@@ -116,12 +116,12 @@ class _InputLengths:
         return _rebuild, (type(self).__mro__[2], self.__dict__)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _prompted_class(plain: type[Cache]) -> type[Cache]:
     return type(f"Prompted{plain.__name__}", (_InputLengths, plain), {})
 
 
-@lru_cache(maxsize=None)
+@cache
 def _crops_to_a_length(prompted: type[Cache]) -> bool:
     """transformers 5.0 crops to an absolute length; later versions remove a number of tokens."""
     plain = prompted.__mro__[2]

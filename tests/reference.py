@@ -1,0 +1,100 @@
+"""The definitions, written out slowly: what the fast paths must equal."""
+
+from __future__ import annotations
+
+import torch
+
+from idp_peft.decoder import find_decoder, forward_parameters
+
+
+def bank_of(model, name="default"):
+    return find_decoder(model.get_base_model()).idp.idp_prompts[name]
+
+
+def prompts_of(model, name="default") -> list[torch.Tensor]:
+    """The prompts of an adapter, each `[k_i, d]`."""
+    bank = bank_of(model, name)
+    return list(bank.weight.detach().split(bank.lengths))
+
+
+def concatenated_logits(model, base, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Promise 1's right-hand side for one unpadded row: the base on `[masked ; P_i ; E(x)]`, `[1, n, vocab]`.
+
+    `base` is a separate copy of the base model that IDP never touched.
+    """
+    prompts = prompts_of(model)
+    longest = max(len(p) for p in prompts)
+    chosen = prompts[prompt].to(base.get_input_embeddings().weight.dtype)
+    front = longest - len(chosen)
+    embeds = base.get_input_embeddings()(ids)
+    whole = torch.cat([chosen.new_zeros(1, front, chosen.shape[1]), chosen[None], embeds], dim=1)
+    mask = torch.ones(whole.shape[:2], dtype=torch.long)
+    mask[:, :front] = 0
+    extra = {}
+    if "position_ids" in forward_parameters(type(base)):
+        extra["position_ids"] = torch.arange(whole.shape[1])[None]
+    with torch.no_grad():
+        return base(inputs_embeds=whole, attention_mask=mask, use_cache=False, **extra).logits[:, longest:]
+
+
+def plain_concatenated_logits(model, base, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+    """The base on `[P_i ; E(x)]` and nothing else: no mask, no positions."""
+    chosen = prompts_of(model)[prompt].to(base.get_input_embeddings().weight.dtype)
+    whole = torch.cat([chosen[None], base.get_input_embeddings()(ids)], dim=1)
+    with torch.no_grad():
+        return base(inputs_embeds=whole, use_cache=False).logits[:, len(chosen) :]
+
+
+def brute_force_scores(model, base_eager, ids, mask, context, layer: int, reduction: str) -> torch.Tensor:
+    """Promise 3's right-hand side: all prompts before the input in one pass of the plain eager model, under an explicit
+    block mask, read from the attention weights the model itself reports. Rows one by one, unpadded: `[rows, M]`."""
+    return torch.stack(
+        [
+            _row_scores(model, base_eager, ids[row][mask[row].bool()], context[row][mask[row].bool()], layer, reduction)
+            for row in range(len(ids))
+        ]
+    )
+
+
+def _row_scores(model, base, ids, context, layer, reduction):
+    prompts = prompts_of(model)
+    lengths = [len(p) for p in prompts]
+    longest, total, n = max(lengths), sum(lengths), len(ids)
+    embeds = torch.cat([*prompts, base.get_input_embeddings()(ids[None])[0]])[None]
+    owner = torch.cat([torch.full((k,), i) for i, k in enumerate(lengths)] + [torch.full((n,), -1)])
+    positions = torch.cat([torch.arange(longest - k, longest) for k in lengths] + [torch.arange(longest, longest + n)])
+    slots = torch.arange(total + n)
+    causal = slots[:, None] >= slots
+    same = (owner[:, None] == owner) | (owner[:, None] == -1)
+    visible = causal & same
+
+    def block_mask(window):
+        seen = visible if window is None else visible & (positions[:, None] - positions < window)
+        return torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
+
+    config = base.config
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    decoder = find_decoder(base)
+    if config.model_type in ("gemma2", "gemma3_text"):
+        attention_mask = {"full_attention": block_mask(None), "sliding_attention": block_mask(window)}
+    elif kinds is not None and "sliding_attention" not in kinds:
+        attention_mask = block_mask(None)
+    else:
+        attention_mask = block_mask(window)
+    extra = {"position_ids": positions[None]} if "position_ids" in forward_parameters(type(decoder)) else {}
+    if config.model_type == "bloom":
+        slopes = _bloom_slopes(config.n_head)
+        alibi = (slopes[:, None] * positions)[:, None]  # [heads, 1, keys]
+        decoder.build_alibi_tensor = lambda *_, **__: alibi
+    with torch.no_grad():
+        out = decoder(
+            inputs_embeds=embeds, attention_mask=attention_mask, output_attentions=True, use_cache=False, **extra
+        )
+    weights = out.attentions[layer][0].float().mean(0)[total:]  # [n, S+n]
+    scores = torch.stack([part.sum(-1) for part in weights[:, :total].split(lengths, -1)], -1)[context.bool()].mean(0)
+    return scores / torch.tensor(lengths) if reduction == "mean" else scores
+
+
+def _bloom_slopes(heads: int) -> torch.Tensor:
+    return torch.tensor([2 ** (-8 * (i + 1) / heads) for i in range(heads)])

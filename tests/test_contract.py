@@ -1,0 +1,211 @@
+"""The promises, on every architecture we name: a forced prompt is concatenation, a padded row is that row alone, the
+choice is the definition, training is inference, the base is never touched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.reference import bank_of, brute_force_scores, concatenated_logits, plain_concatenated_logits
+from tests.tiny import LEARNED_POSITIONS, NAMES, tiny, token_batch
+
+EQUAL, UNEQUAL = [4, 4, 4, 4], [3, 5, 2, 5]
+BANKS = {"one": [4], "equal": EQUAL, "unequal": UNEQUAL}
+TOLERANCE = 1e-4  # fp32, DESIGN.md promise 1
+
+architectures = pytest.mark.parametrize("name", NAMES)
+attentions = pytest.mark.parametrize("attention", ["sdpa", "eager"])
+banks = pytest.mark.parametrize("bank", list(BANKS))
+sides = pytest.mark.parametrize("side", ["left", "right"])
+
+
+def bank_config(bank: str) -> dict:
+    return {"num_prompts": len(BANKS[bank]), "num_virtual_tokens": BANKS[bank]}
+
+
+@architectures
+@attentions
+@banks
+def test_a_forced_prompt_equals_concatenation(make, name, attention, bank):
+    model, base = make(name, attention, **bank_config(bank)), tiny(name, attention)
+    ids, _ = token_batch([9])
+    for prompt, length in enumerate(BANKS[bank]):
+        with torch.no_grad():
+            logits = model(input_ids=ids, prompt_ids=torch.tensor([prompt])).logits
+        assert logits.shape == (1, 9, base.config.vocab_size)
+        expected = concatenated_logits(model, base, ids, prompt)
+        assert (logits - expected).abs().max() <= TOLERANCE
+        if name not in LEARNED_POSITIONS or length == max(BANKS[bank]):
+            assert (logits - plain_concatenated_logits(model, base, ids, prompt)).abs().max() <= TOLERANCE
+        with torch.no_grad():
+            assert (logits - base(input_ids=ids).logits).abs().max() > 1e-2, "the prompt must matter"
+
+
+@architectures
+@attentions
+@banks
+@sides
+def test_every_padded_row_equals_that_row_alone(make, name, attention, bank, side):
+    model = make(name, attention, **bank_config(bank))
+    lengths = [5, 9, 2, 7]
+    ids, mask = token_batch(lengths, side)
+    with torch.no_grad():
+        together = model(input_ids=ids, attention_mask=mask).logits
+        selection = model.last_selection
+        for row in range(len(lengths)):
+            real = mask[row].bool()
+            alone = model(input_ids=ids[row][real][None]).logits[0]
+            assert torch.equal(model.last_selection.prompt_ids, selection.prompt_ids[row : row + 1])
+            assert (together[row][real] - alone).abs().max() <= TOLERANCE
+
+
+@architectures
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_of_a_left_padded_batch_equals_each_row_alone(make, name, beams):
+    model = make(name, num_virtual_tokens=UNEQUAL)
+    ids, mask = token_batch([4, 9, 6])
+    arguments = {"max_new_tokens": 8, "num_beams": beams, "do_sample": False}
+    together = model.generate(input_ids=ids, attention_mask=mask, **arguments)
+    assert together.shape == (3, 17)
+    assert torch.equal(together[:, :9], ids)
+    for row in range(3):
+        alone = model.generate(input_ids=ids[row][mask[row].bool()][None], **arguments)
+        assert torch.equal(together[row, 9:], alone[0, -8:])
+
+
+@architectures
+def test_greedy_generation_equals_the_base_model_on_the_concatenation(make, name):
+    model, base = make(name, num_virtual_tokens=UNEQUAL), tiny(name)
+    ids, _ = token_batch([7])
+    for prompt in range(4):
+        generated = model.generate(input_ids=ids, prompt_ids=torch.tensor([prompt]), max_new_tokens=6)
+        expected = ids
+        for _ in range(6):
+            step = concatenated_logits(model, base, expected, prompt)[:, -1].argmax(-1)
+            expected = torch.cat([expected, step[:, None]], dim=1)
+        assert torch.equal(generated, expected)
+
+
+@architectures
+@pytest.mark.parametrize("layer", [0, 1, -1])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_choice_is_the_definition(make, name, layer, reduction):
+    if name == "falcon_alibi" or name == "mpt" or (name == "bloom" and layer):
+        if layer:
+            with pytest.raises(ValueError, match="`selection_layer` must be 0 on .* a model with ALiBi"):
+                make(name, selection_layer=layer)
+            return
+        if name != "bloom":
+            pytest.skip("its eager model has no way to be shown several prompts at the same distance")
+    model = make(name, num_virtual_tokens=UNEQUAL, selection_layer=layer, selection_reduction=reduction)
+    ids, mask = token_batch([9, 4, 7])
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+    scores = model.last_selection.scores
+    expected = brute_force_scores(model, tiny(name, "eager"), ids, mask, mask, layer, reduction)
+    assert scores.shape == (3, 4)
+    assert torch.allclose(scores, expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(model.last_selection.prompt_ids, expected.argmax(-1))
+
+
+@architectures
+def test_the_selection_mask_decides_which_tokens_steer(make, name):
+    model = make(name, num_virtual_tokens=UNEQUAL)
+    ids, mask = token_batch([9, 6])
+    context = mask.clone()
+    context[:, -3:] = 0
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask, selection_mask=context)
+        masked = model.last_selection.scores
+        changed = ids.clone()
+        changed[:, -3:] = 5
+        model(input_ids=changed, attention_mask=mask, selection_mask=context)
+        assert torch.allclose(model.last_selection.scores, masked, atol=1e-6), "tokens outside the mask steered"
+        model(input_ids=ids, attention_mask=mask)
+        assert not torch.allclose(model.last_selection.scores, masked, atol=1e-5)
+
+
+def gradients(model, **call):
+    model.zero_grad()
+    loss = model(**call).loss
+    loss.backward()
+    return loss.detach(), bank_of(model).weight.grad.clone()
+
+
+@architectures
+@pytest.mark.parametrize("bank", ["equal", "unequal"])
+@sides
+def test_training_equals_inference_in_loss_and_gradient(make, name, bank, side):
+    model = make(name, **bank_config(bank))
+    ids, mask = token_batch([5, 9, 7], side)
+    call = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    call["prompt_ids"] = torch.tensor([2, 0, 2])
+    with torch.no_grad():
+        cached = model(**call).loss
+    model.train()
+    shared, shared_gradient = gradients(model, **call)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    prepended, prepended_gradient = gradients(model, **call)
+    assert torch.allclose(shared, cached, rtol=1e-5)
+    assert torch.allclose(prepended, cached, rtol=1e-5)
+    scale = shared_gradient.abs().max()
+    assert scale > 1e-4
+    assert (shared_gradient - prepended_gradient).abs().max() <= 1e-5 * scale + 1e-7
+    rows = bank_of(model).weight.split(bank_of(model).lengths)
+    unused = [1, 3]
+    parts = shared_gradient.split([len(r) for r in rows])
+    assert all(parts[i].abs().max() == 0 for i in unused)
+
+
+@architectures
+def test_the_base_is_never_touched(make, name, tmp_path):
+    untouched = tiny(name)
+    model = make(name)
+    ids, mask = token_batch([5, 8])
+    model.train()
+    optimizer = torch.optim.SGD(bank_of(model).parameters(), lr=0.1)
+    model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+    optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+        expected = untouched(input_ids=ids, attention_mask=mask).logits
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, expected)
+    model.save_pretrained(tmp_path)
+    base = model.unload()
+    assert base.state_dict().keys() == untouched.state_dict().keys()
+    for key, value in untouched.state_dict().items():
+        assert torch.equal(base.state_dict()[key], value), key
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    assert not any(len(module._forward_hooks) or len(module._forward_pre_hooks) for module in base.modules())
+    with torch.no_grad():
+        assert torch.equal(base(input_ids=ids, attention_mask=mask).logits, expected)
+
+
+@architectures
+def test_a_row_without_a_prompt_equals_the_base_model(make, name):
+    model, base = make(name, num_virtual_tokens=UNEQUAL), tiny(name)
+    ids, mask = token_batch([6, 9, 4])
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask, prompt_ids=torch.tensor([-1, 1, -1])).logits
+        for row in (0, 2):
+            alone = ids[row][mask[row].bool()][None]
+            assert (logits[row][mask[row].bool()] - base(input_ids=alone).logits[0]).abs().max() <= TOLERANCE
+        none = model(input_ids=ids[1:2], prompt_ids=torch.tensor([-1])).logits
+        assert torch.equal(none, base(input_ids=ids[1:2]).logits)
+
+
+# bf16 keeps 8 bits of mantissa: logits of this size (up to ~30) differ by a few units in the last place.
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "opt", "mixtral", "bloom"])
+def test_bfloat16_stays_within_its_rounding(make, name):
+    model, base = make(name, dtype=torch.bfloat16, num_virtual_tokens=UNEQUAL), tiny(name, dtype=torch.bfloat16)
+    assert bank_of(model).weight.dtype == torch.float32
+    ids, _ = token_batch([9])
+    for prompt in range(4):
+        with torch.no_grad():
+            logits = model(input_ids=ids, prompt_ids=torch.tensor([prompt])).logits
+        assert logits.dtype == torch.bfloat16
+        expected = concatenated_logits(model, base, ids, prompt).float()
+        scale = expected.abs().max()
+        assert (logits.float() - expected).abs().max() <= 0.03 * scale
