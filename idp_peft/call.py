@@ -25,6 +25,7 @@ class Call:
         labels (`torch.Tensor`, *optional*): `[batch, n]`; the choice reads what stands before the first label.
         generating (`bool`): whether this is a `generate`, whose choice is made once and kept.
         batch (`int`, *optional*): rows that the caller gave, before `generate` multiplies them for beams.
+        tokens (`int`, *optional*): input tokens that the caller gave `generate`; drafted ones behind them never steer.
         chosen (`Selection`, *optional*): the choice, once made.
     """
 
@@ -34,6 +35,7 @@ class Call:
     labels: torch.Tensor | None = None
     generating: bool = False
     batch: int | None = None
+    tokens: int | None = None
     chosen: Selection | None = None
     token: Token | None = field(default=None, repr=False)
 

@@ -1,4 +1,4 @@
-"""What IDP needs to know about a base model's decoder, read from its modules and config rather than from a list of names."""
+"""What IDP needs to know about a base model's decoder, read from its modules and config where they tell."""
 
 from __future__ import annotations
 
@@ -77,16 +77,26 @@ def has_alibi(decoder: nn.Module) -> bool:
     return config.model_type in ("bloom", "mpt") or (config.model_type == "falcon" and bool(config.alibi))
 
 
-def distances_from_slots(decoder: nn.Module, tokens: int) -> bool:
-    """Whether the decoder measures some distance in cache slots, padding included, once `tokens` slots are in use:
-    an ALiBi bias built from the length (MPT), or a sliding window that is already full."""
+def distances_from_slots(decoder: nn.Module, slots: int | None) -> bool:
+    """Whether the decoder measures some distance in cache slots, padding included: an ALiBi bias built from the length
+    (MPT), or a sliding window that `slots` slots fill.
+
+    Args:
+        slots (`int`, *optional*): how many slots will be used at most; `None` where the sequence may go on.
+    """
     config = decoder.config
     if config.model_type == "mpt":
         return True
     window = getattr(config, "sliding_window", None)
     if window is None or not getattr(config, "use_sliding_window", True):
         return False
-    return tokens >= window
+    return slots is None or slots >= window
+
+
+def needs_full_mask(decoder: nn.Module) -> bool:
+    """Whether the decoder must be given a mask even where nothing is masked: the mask code of some transformers 5.0
+    models (StableLM) counts a slot too many behind a filled cache unless a mask says how many there are."""
+    return hasattr(decoder, "_update_causal_mask")
 
 
 def position_limit(decoder: nn.Module) -> int | None:

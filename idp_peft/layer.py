@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from idp_peft import call as calls
 from idp_peft.concatenation import Concatenation
@@ -24,6 +24,8 @@ from idp_peft.decoder import (
     embedding_dtype,
     find_blocks,
     forward_parameters,
+    has_alibi,
+    needs_full_mask,
     position_limit,
 )
 from idp_peft.probe import attention_at_layer
@@ -255,6 +257,15 @@ class IDPLayer(nn.Module, BaseTunerLayer):
             kwargs["past_key_values"] = frame.view
         _frames.set(frame)
 
+    @staticmethod
+    def _mask_with_prompt(decoder, cache, part: PromptPart, mask, batch: int, total: int) -> torch.Tensor | None:
+        """What the decoder gets as `attention_mask`: `[batch, positions + total]`, or `None`."""
+        whole = part.extend_mask(mask, batch, total, always=needs_full_mask(decoder))
+        if whole is not None and isinstance(cache, StaticCache) and has_alibi(decoder):
+            # The bias is built from the mask and must be as long as the keys: all slots of a static cache.
+            whole = nn.functional.pad(whole, (0, cache.layers[0].max_cache_len - whole.shape[1]))
+        return whole
+
     # ------------------------------------------------------------------ a cache that holds its prompt already
 
     def _continue(self, decoder: nn.Module, kwargs: dict, cache) -> None:
@@ -272,8 +283,7 @@ class IDPLayer(nn.Module, BaseTunerLayer):
                     f"{part.prompt_ids.tolist()}: a choice is kept for every turn; start a new cache to change it"
                 )
         past = int(cache.get_seq_length())
-        mask = kwargs.get("attention_mask")
-        _check_mask(mask, batch, past + tokens, "past_key_values and the input")
+        mask = _checked_mask(kwargs, batch, past + tokens, "past_key_values and the input")
         self._check_room(decoder, past + tokens, part.positions)
         if kwargs.get("position_ids") is not None:
             positions = kwargs["position_ids"]
@@ -281,7 +291,7 @@ class IDPLayer(nn.Module, BaseTunerLayer):
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
         else:
             positions = torch.arange(past, past + tokens, device=inputs.device)[None]
-        kwargs["attention_mask"] = part.extend_mask(mask, batch, past + tokens)
+        kwargs["attention_mask"] = self._mask_with_prompt(decoder, cache, part, mask, batch, past + tokens)
         _set_positions(decoder, kwargs, positions + part.shift)
         self._enter(kwargs, _Frame(cache=cache, view=decoder_view(cache)))
 
@@ -295,8 +305,7 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         bank, config = self.idp_prompts[name], self.idp_config[name]
         inputs = _inputs(kwargs)
         batch, tokens = inputs.shape[:2]
-        mask = kwargs.get("attention_mask")
-        _check_mask(mask, batch, tokens, "the input")
+        mask = _checked_mask(kwargs, batch, tokens, "the input")
         real = torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device) if mask is None else mask.bool()
         _refuse_packed(kwargs, real)
         self._check_room(decoder, tokens if mask is None else _most_tokens(decoder, real), bank.max_length)
@@ -305,8 +314,11 @@ class IDPLayer(nn.Module, BaseTunerLayer):
 
         with_graph = torch.is_grad_enabled() and (bank.weight.requires_grad or decoder.training)
         checkpointing = decoder.training and with_graph and getattr(decoder, "gradient_checkpointing", False)
+        returns_cache = self._returns_cache(decoder, kwargs)
         padded_between = (
-            mask is not None and distances_from_slots(decoder, bank.max_length + tokens) and not bool(real[:, 0].all())
+            mask is not None
+            and distances_from_slots(decoder, None if returns_cache else bank.max_length + tokens)
+            and not bool(real[:, 0].all())
         )
         prompt_cache = None
         if with_graph and not (checkpointing or padded_between):
@@ -318,7 +330,6 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         has_prompt = prompt_ids >= 0
         all_prompted = bool(has_prompt.all())
         any_prompted = all_prompted or bool(has_prompt.any())
-        returns_cache = self._returns_cache(decoder, kwargs)
         if not any_prompted and cache is None and not returns_cache:
             return  # the base model, exactly
         part = PromptPart(prompt_ids, positions=0, shift=0, mask=None)
@@ -343,7 +354,7 @@ class IDPLayer(nn.Module, BaseTunerLayer):
             if prompt_cache is None:
                 prompt_cache = self.prompt_cache(name)
             prompt_cache.put_rows(prompt_ids.clamp(min=0), view)
-        kwargs["attention_mask"] = part.extend_mask(mask, batch, tokens)
+        kwargs["attention_mask"] = self._mask_with_prompt(decoder, cache, part, mask, batch, tokens)
         _set_positions(decoder, kwargs, positions)
         cache.idp_part = part
         self._enter(kwargs, _Frame(cache=cache, view=view, returns_cache=returns_cache))
@@ -390,10 +401,13 @@ class IDPLayer(nn.Module, BaseTunerLayer):
             )
         else:
             every = batch // rows if rows else 1  # `generate` repeats each row for its beams
-            inputs = {n: kwargs[n][::every] for n in ("input_ids", "inputs_embeds") if kwargs.get(n) is not None}
+            tokens = None if call is None else call.tokens  # and may draft tokens behind the input
+            inputs = {
+                n: kwargs[n][::every, :tokens] for n in ("input_ids", "inputs_embeds") if kwargs.get(n) is not None
+            }
             selection = self.choose(
                 inputs,
-                real[::every],
+                real[::every, :tokens],
                 None if call is None else call.selection_mask,
                 None if call is None else call.labels,
                 prompt_cache,
@@ -538,17 +552,22 @@ def _set_positions(decoder: nn.Module, kwargs: dict, positions: torch.Tensor) ->
         kwargs["position_ids"] = positions
 
 
-def _check_mask(mask, batch: int, slots: int, of: str) -> None:
+def _checked_mask(kwargs: dict, batch: int, slots: int, of: str) -> torch.Tensor | None:
+    """The caller's `attention_mask`, 2-D `[batch, slots]` or `None`."""
+    mask = kwargs.get("attention_mask")
     if mask is None:
-        return
+        return None
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         kind = f"a {mask.ndim}-D tensor" if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(
-            f"IDP needs a 2-D `attention_mask` [batch, tokens], got {kind}: ready-made masks have no room for the prompt "
-            "(transformers builds one for static caches; through peft's `generate` they work)"
+            f"IDP needs a 2-D `attention_mask` [batch, tokens], got {kind}: ready-made masks have no room for the "
+            "prompt (transformers builds one for static caches; through peft's `generate` they work)"
         )
+    if isinstance(kwargs.get("past_key_values"), StaticCache) and mask.shape[1] > slots:
+        mask = mask[:, :slots]  # BLOOM pads its mask to the static cache's length
     if tuple(mask.shape) != (batch, slots):
         raise ValueError(f"`attention_mask` must cover {of}, [{batch}, {slots}], got {list(mask.shape)}")
+    return mask
 
 
 def _refuse_packed(kwargs: dict, real: torch.Tensor) -> None:

@@ -184,7 +184,12 @@ class IDPModel(BaseTuner):
         if prompt_ids is not None:
             prompt_ids = check_prompt_ids(prompt_ids, len(source), layer._bank.num_prompts)
         call = calls.Call(
-            layer, prompt_ids=prompt_ids, selection_mask=selection_mask, generating=True, batch=len(source)
+            layer,
+            prompt_ids=prompt_ids,
+            selection_mask=selection_mask,
+            generating=True,
+            batch=len(source),
+            tokens=source.shape[1],
         )
         self._make_room(source, args, kwargs)
         with calls.running(call):
@@ -225,7 +230,8 @@ class IDPModel(BaseTuner):
             adopt(cache)
         config = self._generation_config(args, kwargs)
         kind = kwargs.get("cache_implementation", config.cache_implementation)
-        if cache is not None or kind not in _STATIC:
+        use_cache = kwargs.get("use_cache", config.use_cache)
+        if cache is not None or kind not in _STATIC or use_cache is False:
             return
         new_tokens = kwargs.get("max_new_tokens", config.max_new_tokens)
         total = kwargs.get("max_length", config.max_length) or 0

@@ -165,7 +165,8 @@ class _EagerProbe:
         self.attention = attention
 
     def __call__(self, *args, **kwargs):
-        kwargs["output_attentions"] = True
+        if "output_attentions" in forward_parameters(type(self.attention)):
+            kwargs["output_attentions"] = True
         outputs = type(self.attention).forward(self.attention, *args, **kwargs)
         if self.attention.layer_idx == _current.get().layer:
             raise _Reached(next(output for output in outputs[1:] if getattr(output, "ndim", 0) == 4))

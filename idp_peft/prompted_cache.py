@@ -36,13 +36,16 @@ class PromptPart:
     mask: torch.Tensor | None
     covered: int = 0
 
-    def extend_mask(self, attention_mask: torch.Tensor | None, batch: int, total: int) -> torch.Tensor | None:
+    def extend_mask(
+        self, attention_mask: torch.Tensor | None, batch: int, total: int, always: bool = False
+    ) -> torch.Tensor | None:
         """The mask over all cache slots, int64 `[batch, positions + total]`, or `None` where everything is real.
 
         Args:
             attention_mask (`torch.Tensor`, *optional*): `[batch, total]`, the caller's mask over all input slots.
+            always (`bool`): whether to return a mask of ones instead of `None`.
         """
-        if attention_mask is None and self.mask is None:
+        if attention_mask is None and self.mask is None and not always:
             return None
         device = self.prompt_ids.device if attention_mask is None else attention_mask.device
         if attention_mask is None:

