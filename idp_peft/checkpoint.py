@@ -34,7 +34,8 @@ def check_folder(folder: str, config: IDPConfig, width: int) -> None:
         return
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file}
+            keys = file.keys()
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read and may be truncated: {error}") from error
     check_shapes(shapes, config, width, path)

@@ -305,12 +305,13 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         bank, config = self.idp_prompts[name], self.idp_config[name]
         inputs = _inputs(kwargs)
         batch, tokens = inputs.shape[:2]
+        if not batch or not tokens:
+            raise ValueError(f"the input is empty: got {batch} rows of {tokens} tokens")
+        self._refuse_what_generate_needs_peft_for(config, kwargs)
         mask = _checked_mask(kwargs, batch, tokens, "the input")
         real = torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device) if mask is None else mask.bool()
         _refuse_packed(kwargs, real)
         self._check_room(decoder, tokens if mask is None else _most_tokens(decoder, real), bank.max_length)
-        if "use_cache" in kwargs and kwargs["use_cache"] is False:
-            self._refuse_generate_without_cache(config, cache)
 
         with_graph = torch.is_grad_enabled() and (bank.weight.requires_grad or decoder.training)
         checkpointing = decoder.training and with_graph and getattr(decoder, "gradient_checkpointing", False)
@@ -479,13 +480,26 @@ class IDPLayer(nn.Module, BaseTunerLayer):
                 f"model has {limit}: shorten the input to {max(limit - positions, 0)} tokens"
             )
 
-    def _refuse_generate_without_cache(self, config: IDPConfig, cache) -> None:
+    def _refuse_what_generate_needs_peft_for(self, config: IDPConfig, kwargs: dict) -> None:
+        """Raise for a `generate` that did not come through [`IDPModel.generate`] and needs it."""
+        cache = kwargs.get("past_key_values")
         call = calls.current_call(self)
-        if cache is None and not (call and call.generating) and config.num_prompts > 1 and _called_by_generate():
-            raise ValueError(
-                "generate(use_cache=False) would choose a prompt again at every step when the adapter was added by "
-                "transformers' own `add_adapter`: wrap the model with peft (`get_peft_model`), or leave the cache on"
-            )
+        if call is not None and (call.generating or call.prompt_ids is not None):
+            return
+        without_cache = kwargs.get("use_cache") is False and cache is None and config.num_prompts > 1
+        static = isinstance(cache, StaticCache) and not is_prompted(cache)
+        if not (without_cache or static) or self.training or not _called_by_generate():
+            return
+        why = (
+            "sizes a static cache without room for the prompt"
+            if static
+            else "would choose a prompt again at every step"
+        )
+        with_what = "cache_implementation='static'" if static else "use_cache=False"
+        raise ValueError(
+            f"generate({with_what}) {why} when the adapter was added by transformers' own adapter methods: wrap the model "
+            "with peft (`PeftModel.from_pretrained`, `get_peft_model`), or use the default cache"
+        )
 
     @staticmethod
     def _returns_cache(decoder: nn.Module, kwargs: dict) -> bool:

@@ -25,7 +25,9 @@ def test_feature_is_right(name, feature):
     assert verdict == "right", message
 
 
-@pytest.mark.parametrize("feature", ["left-padded batch, forward", "left-padded batch, generate", "left-padded batch, beams"])
+@pytest.mark.parametrize(
+    "feature", ["left-padded batch, forward", "left-padded batch, generate", "left-padded batch, beams"]
+)
 def test_a_broken_method_is_noticed(feature):
     """The checks can fail: swap two prompts behind the method's back."""
     broken = contestant("idp", tiny("llama"), VOCAB)

@@ -1,0 +1,107 @@
+"""The rules of choice, apart from any model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from idp_peft.selection import choose_random, context_tokens, deal_evenly, scores_from_attention
+from tests.reference import brute_force_scores
+from tests.tiny import tiny, token_batch
+
+
+def test_random_choice_depends_on_the_context_alone():
+    ids, mask = token_batch([9, 5, 7])
+    chosen = choose_random(ids, mask.bool(), 4, seed=3)
+    for row in range(3):
+        alone = ids[row][mask[row].bool()][None]
+        assert choose_random(alone, torch.ones_like(alone).bool(), 4, seed=3) == chosen[row]
+    right, right_mask = token_batch([9, 5, 7], "right")
+    assert torch.equal(choose_random(right, right_mask.bool(), 4, seed=3), chosen)
+
+
+def test_random_choice_is_even_and_changes_with_the_seed():
+    ids = torch.randint(0, 50_000, (20_000, 6), generator=torch.Generator().manual_seed(0))
+    context = torch.ones_like(ids).bool()
+    for seed in (0, 1, 2**20):
+        counts = choose_random(ids, context, 5, seed).bincount(minlength=5)
+        assert (counts - 4000).abs().max() < 4 * (20_000 * 0.2 * 0.8) ** 0.5  # four standard deviations
+    agree = (choose_random(ids, context, 5, 0) == choose_random(ids, context, 5, 1)).float().mean()
+    assert 0.18 < agree < 0.22
+    assert (choose_random(ids.flip(1), context, 5, 0) != choose_random(ids, context, 5, 0)).any(), "order must count"
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3, 4, 10])
+def test_uniform_assignment_deals_prompts_evenly(batch):
+    torch.manual_seed(0)
+    counts = deal_evenly(batch, 4).bincount(minlength=4)
+    assert counts.sum() == batch
+    assert counts.max() - counts.min() <= 1
+    assert batch < 3 or len({tuple(deal_evenly(batch, 4).tolist()) for _ in range(20)}) > 1, "the deal must be shuffled"
+
+
+def test_sum_favours_long_prompts_and_mean_does_not():
+    on_prompts = torch.tensor([[[0.2, 0.3]]])  # one token, two prompts of 2 and 6 tokens
+    context = torch.ones(1, 1).bool()
+    assert scores_from_attention(on_prompts, context, [2, 6], "sum").argmax() == 1
+    assert scores_from_attention(on_prompts, context, [2, 6], "mean").argmax() == 0
+
+
+def test_labels_hide_themselves_and_what_follows():
+    real = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]).bool()
+    labels = torch.tensor([[-100, -100, -100, 7, -100], [7, 7, 7, 7, 7], [-100] * 5])
+    context = context_tokens(real, None, labels)
+    assert context.tolist() == [[False, True, True, False, False], [True] * 5, [True] * 4 + [False]]
+
+
+def test_the_choice_reads_only_what_stands_before_the_first_label(make):
+    model = make("llama")
+    ids, mask = token_batch([9, 6])
+    labels = ids.clone()
+    labels[:, :6] = -100
+    other = ids.clone()
+    other[:, 6:] = 3
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask, labels=labels)
+        scores = model.last_selection.scores
+        model(input_ids=other, attention_mask=mask, labels=labels)
+        assert torch.allclose(model.last_selection.scores, scores, atol=1e-6)
+        context = mask * (torch.arange(9) < 6)
+        expected = brute_force_scores(model, tiny("llama", "eager"), ids, mask, context, 0, "mean")
+        assert torch.allclose(scores, expected, atol=1e-5)
+        everything = torch.ones_like(mask)
+        model(input_ids=ids, attention_mask=mask, labels=labels, selection_mask=everything)
+        assert not torch.allclose(model.last_selection.scores, scores, atol=1e-5), "selection_mask decides over labels"
+
+
+def test_drafted_tokens_never_steer(make):
+    model = make("llama")
+    ids, _ = token_batch([6])
+    repeated = torch.cat([ids, ids], dim=1)  # prompt lookup drafts what followed before
+    plain = model.generate(input_ids=repeated, max_new_tokens=4)
+    scores = model.last_selection.scores
+    looked_up = model.generate(input_ids=repeated, max_new_tokens=4, prompt_lookup_num_tokens=4)
+    assert torch.allclose(model.last_selection.scores, scores, atol=1e-6)
+    assert torch.equal(plain, looked_up)
+
+
+def test_long_inputs_are_scored_in_chunks_with_the_same_result(make, monkeypatch):
+    model = make("gemma2", num_virtual_tokens=[3, 5, 2, 5])
+    ids, mask = token_batch([9, 30])
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+        whole = model.last_selection.scores
+        monkeypatch.setattr("idp_peft.selection._CHUNK_ELEMENTS", 700)
+        model(input_ids=ids, attention_mask=mask)
+    assert torch.allclose(model.last_selection.scores, whole, atol=1e-6)
+
+
+def test_fixed_selection_uses_its_prompt(make):
+    model = make("llama", selection="fixed", fixed_prompt=2)
+    ids, mask = token_batch([4, 6])
+    with torch.no_grad():
+        free = model(input_ids=ids, attention_mask=mask).logits
+        forced = model(input_ids=ids, attention_mask=mask, prompt_ids=torch.tensor([2, 2])).logits
+    assert torch.equal(free, forced)
+    model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2)
+    assert model.last_selection.prompt_ids.tolist() == [2, 2]
