@@ -360,7 +360,7 @@ def test_models_that_cannot_be_prompted_are_refused():
     with pytest.raises(ValueError, match="IDP needs a decoder-only model: T5ForConditionalGeneration"):
         get_peft_model(t5, config)
     mamba = MambaForCausalLM(MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2, state_size=4))
-    with pytest.raises(ValueError, match="IDP needs attention in every layer of the decoder.*MambaForCausalLM"):
+    with pytest.raises(ValueError, match=r"IDP needs attention in every layer of the decoder.*MambaForCausalLM"):
         get_peft_model(mamba, config)
     with pytest.raises(ValueError, match=r"IDP needs a causal language model with its head .* got LlamaModel"):
         get_peft_model(tiny("llama").model, config)
@@ -480,7 +480,7 @@ def test_threads_get_what_they_get_one_after_the_other(make, name):
 
 
 def test_concatenation_still_holds_after_everything(saved):
-    model, base, folder = saved
+    _, _, folder = saved
     loaded = AutoPeftModelForCausalLM.from_pretrained(folder)
     ids, _ = token_batch([7])
     for prompt in range(4):

@@ -92,7 +92,7 @@ def test_greedy_generation_equals_the_base_model_on_the_concatenation(make, name
 def test_the_choice_is_the_definition(make, name, layer, reduction):
     if name == "falcon_alibi" or name == "mpt" or (name == "bloom" and layer):
         if layer:
-            with pytest.raises(ValueError, match="`selection_layer` must be 0 on .* a model with ALiBi"):
+            with pytest.raises(ValueError, match=r"`selection_layer` must be 0 on .* a model with ALiBi"):
                 make(name, selection_layer=layer)
             return
         if name != "bloom":
