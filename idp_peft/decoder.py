@@ -114,3 +114,13 @@ def embedding_dtype(embeddings: nn.Module, decoder: nn.Module) -> torch.dtype:
     """The dtype in which the decoder expects its input embeddings."""
     dtype = embeddings.weight.dtype
     return dtype if dtype.is_floating_point else decoder.dtype
+
+
+def embedding_width(embeddings: nn.Module) -> int:
+    """d, the width of the decoder's input embeddings (of a quantised table: what it says of itself)."""
+    return embeddings.weight.shape[-1] if embeddings.weight.is_floating_point() else embeddings.embedding_dim
+
+
+def by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """A call's arguments by name, as a new dict."""
+    return {**dict(zip(forward_parameters(type(module)), args, strict=False)), **kwargs}

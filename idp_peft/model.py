@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import contextmanager
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-from transformers import GenerationConfig, StaticCache
 
-from idp_peft import call as calls
 from idp_peft.checkpoint import check_folder, check_shapes
 from idp_peft.config import IDPConfig
-from idp_peft.decoder import find_blocks, find_decoder, has_alibi
+from idp_peft.decoder import embedding_width, find_blocks, find_decoder, has_alibi
+from idp_peft.generation import generate
 from idp_peft.layer import IDPLayer
 from idp_peft.prompt_bank import text_token_ids
-from idp_peft.prompted_cache import adopt, is_prompted
-from idp_peft.selection import Selection, check_prompt_ids
+from idp_peft.selection import Selection
 
 _CHILD = "idp"
-_STATIC = ("static", "offloaded_static", "hybrid", "sliding_window", "offloaded_hybrid", "hybrid_chunked")
 
 
 class IDPModel(BaseTuner):
@@ -77,7 +73,7 @@ class IDPModel(BaseTuner):
             )
         folder = getattr(config, "_checkpoint_folder", None)
         if folder is not None:
-            check_folder(folder, config, _width(model))
+            check_folder(folder, config, embedding_width(model.get_input_embeddings()))
 
     def _prepare_adapter_config(self, peft_config: IDPConfig, model_config: dict) -> IDPConfig:
         self._check(self.model, peft_config)  # `add_adapter` comes here without `_pre_injection_hook`
@@ -107,7 +103,9 @@ class IDPModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         try:
             shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
-            check_shapes(shapes, config, _width(model), f"the file of adapter {adapter_name!r}")
+            check_shapes(
+                shapes, config, embedding_width(model.get_input_embeddings()), f"the file of adapter {adapter_name!r}"
+            )
         except ValueError:
             _remove_adapter(model, adapter_name)
             raise
@@ -173,88 +171,7 @@ class IDPModel(BaseTuner):
         Raises:
             `ValueError`: for prompts out of range, a cache that is too small, or packed inputs.
         """
-        layer = self.layer
-        source = next(
-            (x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
-        )
-        if source is None or layer.active_bank is None:
-            if prompt_ids is not None or selection_mask is not None:
-                raise ValueError("`prompt_ids` and `selection_mask` need an active IDP adapter and an input")
-            return self.model.generate(inputs, *args, **kwargs)
-        if prompt_ids is not None:
-            prompt_ids = check_prompt_ids(prompt_ids, len(source), layer._bank.num_prompts)
-        call = calls.Call(
-            layer,
-            prompt_ids=prompt_ids,
-            selection_mask=selection_mask,
-            generating=True,
-            batch=len(source),
-            tokens=source.shape[1],
-        )
-        self._make_room(source, args, kwargs)
-        with calls.running(call):
-            if self._prefill_in_chunks(args, kwargs) and prompt_ids is None:
-                call.chosen = self._choose_before_chunks(source, kwargs, selection_mask)
-            return self.model.generate(inputs, *args, **kwargs)
-
-    def _generation_config(self, args: tuple, kwargs: dict) -> GenerationConfig:
-        config = args[0] if args else kwargs.get("generation_config")
-        return self.model.generation_config if config is None else config
-
-    def _prefill_in_chunks(self, args: tuple, kwargs: dict) -> bool:
-        chunk = kwargs.get("prefill_chunk_size", self._generation_config(args, kwargs).prefill_chunk_size)
-        return chunk is not None
-
-    def _choose_before_chunks(self, source: torch.Tensor, kwargs: dict, selection_mask) -> Selection:
-        """The choice reads the whole input, so it is made before the input is cut."""
-        mask = kwargs.get("attention_mask")
-        if mask is None:
-            mask = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device)
-            kwargs["attention_mask"] = mask.long()
-        name = "inputs_embeds" if source.is_floating_point() else "input_ids"
-        selection = self.layer.choose({name: source}, mask.bool(), selection_mask)
-        self.layer._remember(selection)
-        return selection
-
-    def _make_room(self, source: torch.Tensor, args: tuple, kwargs: dict) -> None:
-        """Static caches hold K more positions, and none of them is shown to transformers as compileable: it would
-        build 4-D masks that know nothing of the prompt."""
-        longest = self.layer._bank.max_length
-        cache = kwargs.get("past_key_values")
-        if isinstance(cache, StaticCache) and not is_prompted(cache):
-            room = min(getattr(layer, "max_cache_len", 0) for layer in cache.layers)
-            if room <= longest:
-                raise ValueError(
-                    f"the static cache holds {room} positions, the prompts alone take {longest}: make it longer by {longest}"
-                )
-            adopt(cache)
-        config = self._generation_config(args, kwargs)
-        kind = kwargs.get("cache_implementation", config.cache_implementation)
-        use_cache = kwargs.get("use_cache", config.use_cache)
-        if cache is not None or kind not in _STATIC or use_cache is False:
-            return
-        new_tokens = kwargs.get("max_new_tokens", config.max_new_tokens)
-        total = kwargs.get("max_length", config.max_length) or 0
-        tokens = source.shape[1] + (new_tokens or 20)
-        cache = StaticCache(
-            config=self.model.config.get_text_config(decoder=True),
-            max_cache_len=max(tokens, total) + longest,
-            offloading="offloaded" in kind,
-        )
-        adopt(cache)
-        kwargs["past_key_values"] = cache
-        kwargs.pop("cache_implementation", None)
-        if config.cache_implementation is not None:
-            config = copy.deepcopy(config)
-            config.cache_implementation = None
-            if args:
-                raise ValueError("pass `generation_config` by name to `generate` with a static cache")
-            kwargs["generation_config"] = config
-
-
-def _width(model: nn.Module) -> int:
-    embeddings = model.get_input_embeddings()
-    return embeddings.weight.shape[-1] if embeddings.weight.is_floating_point() else embeddings.embedding_dim
+        return generate(self.layer, (inputs, *args), kwargs, prompt_ids, selection_mask)
 
 
 def _remove_adapter(model: nn.Module, adapter_name: str) -> None:

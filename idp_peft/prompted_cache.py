@@ -104,12 +104,12 @@ class _InputLengths:
             self.idp_part.select_rows(indices)
 
     def get_mask_sizes(self, *args, **kwargs):
-        self._refuse()
+        self.refuse()
 
     def update(self, *args, **kwargs):
-        self._refuse()
+        self.refuse()
 
-    def _refuse(self):
+    def refuse(self):
         raise RuntimeError(
             "this cache begins with an IDP prompt and can only be continued by a model with its IDP adapter enabled: "
             "start a new cache, or enable the adapter"

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-from idp_peft.config import IDPConfig
-
 # Attention logits of this many elements are held at once (64 MiB in float32).
 _CHUNK_ELEMENTS = 2**24
 
@@ -240,8 +238,3 @@ def check_prompt_ids(prompt_ids: torch.Tensor, batch: int, num_prompts: int) -> 
             f"`prompt_ids` must be between -1 (no prompt) and {num_prompts - 1}, got {prompt_ids.tolist()}"
         )
     return prompt_ids
-
-
-def needs_attention(config: IDPConfig) -> bool:
-    """Whether choosing for this config reads the model's attention at all."""
-    return config.selection == "attention" and config.num_prompts > 1

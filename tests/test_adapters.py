@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from idp_peft import IDPConfig
+from idp_peft.choice import select
 from tests.reference import bank_of, concatenated_logits
 from tests.tiny import tiny, token_batch
 
@@ -194,7 +195,7 @@ def test_multi_turn_works_through_transformers_own_methods(make, tmp_path):
     first = model.generate(input_ids=ids, max_new_tokens=3, return_dict_in_generate=True)
     longer = torch.cat([first.sequences, ids[:, :3]], dim=1)
     generated = model.generate(input_ids=longer, past_key_values=first.past_key_values, max_new_tokens=3)
-    kept = wrapped.base_model.layer.choose({"input_ids": ids}, torch.ones_like(ids).bool()).prompt_ids
+    kept = select(wrapped.base_model.layer, {"input_ids": ids}, torch.ones_like(ids).bool()).prompt_ids
     assert torch.equal(generated, wrapped.generate(input_ids=longer, prompt_ids=kept, max_new_tokens=3))
 
 

@@ -206,3 +206,13 @@ def test_outputs_have_the_base_models_shapes(make):
         assert isinstance(as_tuple, tuple)
         assert (as_tuple[0] - ours.logits).abs().max() <= 1e-5
         assert run(model, ids, attention_mask=mask, use_cache=False).past_key_values is None
+
+
+def test_chunked_prefill_of_a_padded_input_needs_a_mask(make):
+    model = make("llama")
+    ids, mask = token_batch([4, 6])
+    arguments = {"prefill_chunk_size": 2, "max_new_tokens": 3}
+    with pytest.raises(ValueError, match="needs `attention_mask` for an input with padding tokens"):
+        model.generate(input_ids=ids, past_key_values=DynamicCache(), **arguments)
+    chunked = model.generate(input_ids=ids, attention_mask=mask, past_key_values=DynamicCache(), **arguments)
+    assert torch.equal(chunked, model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3))

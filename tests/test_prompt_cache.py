@@ -44,7 +44,7 @@ def test_it_is_computed_once_for_any_number_of_requests(make, computed):
 @pytest.mark.parametrize("lengths", [[4, 4, 4], [2, 5, 3]])
 def test_its_size_is_the_formula(make, lengths):
     model = make("llama", num_prompts=3, num_virtual_tokens=lengths)
-    cache = model.base_model.layer.prompt_cache("default")
+    cache = model.base_model.layer.prompt_cache()
     layers, kv_heads, head_dim = 3, 2, 8
     assert cache.nbytes == 2 * layers * 3 * max(lengths) * kv_heads * head_dim * 4
 
@@ -205,3 +205,56 @@ def test_it_stays_out_of_the_state_dict_and_survives_copies(make):
     in_place(twin)
     assert (run(twin, ids) - before).abs().max() > 1e-2
     assert torch.equal(run(model, ids), before)
+
+
+def test_nothing_drops_out_of_it(make):
+    model = make("gpt2")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    expected = model.base_model.layer.prompt_cache().keys[-1]
+    model.base_model.layer.idp_remembered["default"].forget()
+    model.train()
+    assert torch.equal(model.base_model.layer.prompt_cache().keys[-1], expected)
+    assert all(module.training for module in model.modules()), "every module must be back in its own mode"
+
+
+def test_a_started_cache_follows_its_rows(make):
+    """Repeat, drop and reorder rows of a cache with different prompts, then go on from it."""
+    model = make("llama", num_virtual_tokens=[3, 5, 2, 5])
+    ids, mask = token_batch([6, 9, 7])
+    forced = torch.tensor([0, 2, -1])
+    with torch.no_grad():
+        whole = model(input_ids=ids, attention_mask=mask, prompt_ids=forced).logits
+
+        def start():
+            first = {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1]}
+            return model(**first, prompt_ids=forced, use_cache=True).past_key_values
+
+        for change, rows in (
+            (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+            (lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), [2, 0]),
+            (lambda cache: cache.reorder_cache(torch.tensor([1, 2, 0])), [1, 2, 0]),
+        ):
+            cache = start()
+            change(cache)
+            output = model(input_ids=ids[rows, -1:], attention_mask=mask[rows], past_key_values=cache)
+            assert (output.logits[:, 0] - whole[rows, -1]).abs().max() <= 1e-4
+        cache = start()
+        assert cache.get_seq_length() == 8
+        cache.crop(-3)
+        assert cache.get_seq_length() == 5
+        output = model(input_ids=ids[:, 5:], attention_mask=mask, past_key_values=cache)
+        assert (output.logits - whole[:, 5:])[mask[:, 5:].bool()].abs().max() <= 1e-4
+        twin = copy.deepcopy(cache)
+        for each in (cache, twin):
+            output = model(
+                input_ids=ids[:, -1:], attention_mask=torch.nn.functional.pad(mask, (0, 1), value=1), past_key_values=each
+            )
+            assert each.get_seq_length() == 10
+            assert output.logits.shape == (3, 1, 97)
+        cache.reset()
+        if cache.get_seq_length():
+            return  # transformers 5.0 resets a dynamic cache to zeros of the same length
+        again = model(input_ids=ids, attention_mask=mask, prompt_ids=forced, past_key_values=cache).logits
+        assert (again - whole)[mask.bool()].abs().max() <= 1e-4

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from idp_peft import IDPConfig
+from idp_peft.choice import select
 
 METHODS = ("base", "idp", "prompt_tuning", "lora")
 TOLERANCE = 1e-4
@@ -62,7 +63,7 @@ class Contestant:
         if self.method == "idp":
             layer = self.model.base_model.layer
             with torch.no_grad():
-                chosen = int(layer.choose({"input_ids": ids}, torch.ones_like(ids).bool()).prompt_ids)
+                chosen = int(select(layer, {"input_ids": ids}, torch.ones_like(ids).bool()).prompt_ids)
             bank = layer.idp_prompts["default"]
             return bank.weight.detach().split(bank.lengths)[chosen]
         if self.method == "prompt_tuning":

@@ -1,0 +1,91 @@
+"""Which prompt each row of a call gets: forced, kept from earlier, assigned in training, or selected."""
+
+from __future__ import annotations
+
+import torch
+
+from idp_peft import call as calls
+from idp_peft.probe import attention_at_layer
+from idp_peft.prompt_cache import PromptCache
+from idp_peft.selection import (
+    Selection,
+    check_prompt_ids,
+    choose_random,
+    context_tokens,
+    deal_evenly,
+    scores_from_attention,
+)
+
+
+def prompts_for(layer, kwargs: dict, real: torch.Tensor, prompt_cache: PromptCache | None) -> torch.Tensor:
+    """The prompt of each row of a fresh input, int64 `[batch]`; what was chosen is remembered on the layer.
+
+    Args:
+        layer (`IDPLayer`): whose active adapter decides.
+        kwargs (`dict`): the decoder's call: `input_ids` `[batch, n]` or `inputs_embeds` `[batch, n, d]`.
+        real (`torch.Tensor`): bool `[batch, n]`, the attention mask.
+        prompt_cache (`PromptCache`, *optional*): one computed in this step, to be read instead of the remembered one.
+    """
+    config, batch = layer.active_config, len(real)
+    call = calls.current_call(layer) or calls.Call(layer)
+    rows = call.batch if call.generating else batch  # `generate` repeats each row for its beams
+    if call.chosen is not None:
+        selection = call.chosen
+    elif call.prompt_ids is not None:
+        selection = Selection(check_prompt_ids(call.prompt_ids, rows, config.num_prompts))
+    elif layer.training and config.assignment == "uniform":
+        selection = Selection(deal_evenly(batch, config.num_prompts))
+    elif layer.training and config.assignment == "all":
+        raise ValueError(
+            "assignment='all' works through the model's own forward with `labels`, not by calling its decoder"
+        )
+    else:
+        given = (slice(None, None, batch // rows), slice(call.tokens))  # without beams and drafted tokens
+        inputs = {name: kwargs[name][given] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None}
+        selection = select(layer, inputs, real[given], call.selection_mask, call.labels, prompt_cache)
+    if call.generating:
+        call.chosen = selection
+    layer.remember(selection)
+    return selection.prompt_ids.repeat_interleave(batch // rows)
+
+
+def select(
+    layer,
+    inputs: dict,
+    real: torch.Tensor,
+    selection_mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    prompt_cache: PromptCache | None = None,
+) -> Selection:
+    """Select a prompt for each row by the active adapter's rule (`config.selection`).
+
+    Args:
+        layer (`IDPLayer`): whose active adapter decides.
+        inputs (`dict`): `input_ids` `[batch, n]` or `inputs_embeds` `[batch, n, d]`.
+        real (`torch.Tensor`): bool `[batch, n]`, the attention mask.
+        selection_mask (`torch.Tensor`, *optional*): `[batch, n]`, tokens that may steer the choice.
+        labels (`torch.Tensor`, *optional*): `[batch, n]`; without a `selection_mask`, the choice reads what stands
+            before a row's first label.
+        prompt_cache (`PromptCache`, *optional*): to be read instead of the remembered one.
+
+    Raises:
+        `ValueError`: where a row has no token to choose by.
+    """
+    config = layer.active_config
+    if config.selection == "fixed" or config.num_prompts == 1:
+        return Selection(torch.full((len(real),), config.fixed_prompt, device=real.device))
+    context = context_tokens(real, selection_mask, labels)
+    if config.selection == "random":
+        return Selection(choose_random(_content(inputs), context, config.num_prompts, config.selection_seed))
+    if prompt_cache is None:
+        prompt_cache = layer.prompt_cache()
+    on_prompts = attention_at_layer(layer.decoder, layer.selection_layer, prompt_cache, inputs, real)  # [B, n, M]
+    scores = scores_from_attention(on_prompts, context, prompt_cache.lengths, config.selection_reduction)
+    return Selection(scores.argmax(-1), scores)
+
+
+def _content(inputs: dict) -> torch.Tensor:
+    """An integer code of each input token, int64 `[batch, n]`: its id, or its embedding's bits."""
+    if "input_ids" in inputs:
+        return inputs["input_ids"]
+    return inputs["inputs_embeds"].detach().float().contiguous().view(torch.int32).long().sum(-1)

@@ -1,0 +1,105 @@
+"""`generate` with a prompt: the choice is made once and kept, and static caches have room for it.
+
+The base's own `generate` does the work, in input positions; see `prompted_cache.py` for why it never notices the prompt.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import GenerationConfig, StaticCache
+
+from idp_peft.call import Call, running
+from idp_peft.choice import select
+from idp_peft.prompted_cache import adopt, is_prompted
+from idp_peft.selection import Selection, check_prompt_ids
+
+_STATIC = ("static", "offloaded_static", "hybrid", "sliding_window", "offloaded_hybrid", "hybrid_chunked")
+
+
+def generate(layer, args: tuple, kwargs: dict, prompt_ids: torch.Tensor | None, selection_mask: torch.Tensor | None):
+    """The base model's `generate(*args, **kwargs)`, with one prompt per row.
+
+    Args:
+        layer (`IDPLayer`): whose active adapter is applied.
+        args (`tuple`), kwargs (`dict`): arguments of transformers' `generate`.
+        prompt_ids (`torch.Tensor`, *optional*): int64 `[batch]`, forced prompts.
+        selection_mask (`torch.Tensor`, *optional*): bool `[batch, n]`.
+    """
+    inputs, config, *_ = (*args, None, None)
+    given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    source = next((tensor for tensor in reversed(given) if tensor is not None), None)
+    if source is None or layer.active_name is None:
+        if prompt_ids is not None or selection_mask is not None:
+            raise ValueError("`prompt_ids` and `selection_mask` need an active IDP adapter and an input")
+        return layer.model.generate(*args, **kwargs)
+    if config is not None:
+        args, kwargs = args[:1], {**kwargs, "generation_config": config}
+    if prompt_ids is not None:
+        prompt_ids = check_prompt_ids(prompt_ids, len(source), layer.active_bank.num_prompts)
+    settings = _Settings(kwargs.get("generation_config") or layer.model.generation_config, kwargs)
+    kwargs = _make_room(layer, source, settings, kwargs)
+    call = Call(layer, prompt_ids, selection_mask, generating=True, batch=len(source), tokens=source.shape[1])
+    with running(call):
+        if settings.get("prefill_chunk_size") is not None and prompt_ids is None:
+            kwargs = _choose_before_chunks(call, source, kwargs, settings)
+        return layer.model.generate(*args, **kwargs)
+
+
+class _Settings:
+    """What a `generate` call says of one of its settings: the argument, else the config."""
+
+    def __init__(self, config: GenerationConfig, kwargs: dict) -> None:
+        self.config, self.kwargs = config, kwargs
+
+    def get(self, name: str):
+        return self.kwargs[name] if name in self.kwargs else getattr(self.config, name, None)
+
+
+def _choose_before_chunks(call: Call, source: torch.Tensor, kwargs: dict, settings: _Settings) -> dict:
+    """The choice reads the whole input, so it is made before `prefill_chunk_size` cuts the input."""
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        padding = settings.get("pad_token_id")
+        if padding is not None and not source.is_floating_point() and bool((source == padding).any()):
+            raise ValueError("generate(prefill_chunk_size=...) needs `attention_mask` for an input with padding tokens")
+        mask = torch.ones(source.shape[:2], dtype=torch.long, device=source.device)
+    name = "inputs_embeds" if source.is_floating_point() else "input_ids"
+    call.chosen: Selection = select(call.owner, {name: source}, mask.bool(), call.selection_mask)
+    call.owner.remember(call.chosen)
+    return {**kwargs, "attention_mask": mask}
+
+
+def _make_room(layer, source: torch.Tensor, settings: _Settings, kwargs: dict) -> dict:
+    """Give static caches K more positions.
+
+    A static cache is adopted before transformers sees it: to a compileable cache it would give 4-D masks that know
+    nothing of the prompt.
+    """
+    longest = layer.active_bank.max_length
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, StaticCache) and not is_prompted(cache):
+        room = max(cache_layer.max_cache_len for cache_layer in cache.layers)  # sliding layers hold their window alone
+        if room <= longest:
+            raise ValueError(
+                f"the static cache holds {room} positions, the prompts alone take {longest}: make it longer by {longest}"
+            )
+        adopt(cache)
+    kind = settings.get("cache_implementation")
+    if cache is not None or kind not in _STATIC or settings.get("use_cache") is False:
+        return kwargs
+    new_tokens, max_length = settings.get("max_new_tokens"), settings.get("max_length")
+    total = source.shape[1] + new_tokens if new_tokens else max(max_length or 0, source.shape[1] + 20)
+    cache = StaticCache(
+        config=layer.model.config.get_text_config(decoder=True),
+        max_cache_len=total + longest,
+        offloading="offloaded" in kind,
+    )
+    adopt(cache)
+    kwargs = {**kwargs, "past_key_values": cache}
+    kwargs.pop("cache_implementation", None)
+    if settings.config.cache_implementation is not None:
+        kwargs["generation_config"] = copy.deepcopy(settings.config)
+        kwargs["generation_config"].cache_implementation = None
+    return kwargs

@@ -1,0 +1,102 @@
+"""What IDP refuses to run, and the error that says why: never silently different."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+from transformers import StaticCache
+
+from idp_peft import call as calls
+from idp_peft.decoder import position_limit
+from idp_peft.prompted_cache import is_prompted
+
+
+def checked_inputs(kwargs: dict) -> torch.Tensor:
+    """`input_ids` `[batch, n]` or `inputs_embeds` `[batch, n, d]` of a call, not empty."""
+    inputs = kwargs.get("input_ids")
+    inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+    if inputs is None:
+        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+    if 0 in inputs.shape[:2]:
+        raise ValueError(f"the input is empty: got {inputs.shape[0]} rows of {inputs.shape[1]} tokens")
+    return inputs
+
+
+def checked_mask(kwargs: dict, batch: int, slots: int, of: str) -> torch.Tensor | None:
+    """The caller's `attention_mask`, 2-D `[batch, slots]` or `None`."""
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        kind = f"a {mask.ndim}-D tensor" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(
+            f"IDP needs a 2-D `attention_mask` [batch, tokens], got {kind}: ready-made masks have no room for the "
+            "prompt (transformers builds one for static caches; through peft's `generate` they work)"
+        )
+    if isinstance(kwargs.get("past_key_values"), StaticCache) and mask.shape[1] > slots:
+        mask = mask[:, :slots]  # BLOOM pads its mask to the static cache's length
+    if tuple(mask.shape) != (batch, slots):
+        raise ValueError(f"`attention_mask` must cover {of}, [{batch}, {slots}], got {list(mask.shape)}")
+    return mask
+
+
+def refuse_packed(kwargs: dict, real: torch.Tensor) -> None:
+    """Raise where a row holds several documents: each would need a prompt of its own."""
+    packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx", "cu_seqlens"))
+    positions = kwargs.get("position_ids")
+    if not packed and positions is not None and positions.ndim == 2 and positions.shape[-1] == real.shape[-1] > 1:
+        both_real = real[:, 1:] & real[:, :-1]
+        packed = bool(((positions[:, 1:] <= positions[:, :-1]) & both_real).any())
+    if packed:
+        raise ValueError(
+            "IDP cannot run packed rows (several documents in one row, `position_ids` that start again): each document "
+            "would need its own prompt; turn packing off"
+        )
+
+
+def check_room(decoder: nn.Module, tokens: int, positions: int, real: torch.Tensor | None = None) -> None:
+    """Raise where a decoder with a position table has no positions left for the input behind the prompt.
+
+    Args:
+        tokens (`int`): length of the input, padding included.
+        positions (`int`): K.
+        real (`torch.Tensor`, *optional*): bool `[batch, n]`, the attention mask; padding takes no position.
+    """
+    limit = position_limit(decoder)
+    if limit is None or tokens + positions <= limit:
+        return
+    tokens = tokens if real is None else int(real.sum(-1).max())
+    if tokens + positions > limit:
+        raise ValueError(
+            f"{tokens} input tokens and {positions} prompt positions need {tokens + positions} positions, but the model "
+            f"has {limit}: shorten the input to {max(limit - positions, 0)} tokens"
+        )
+
+
+def refuse_without_own_generate(layer, kwargs: dict) -> None:
+    """Raise for a `generate` that did not come through [`IDPModel.generate`] and needs what only that does."""
+    cache = kwargs.get("past_key_values")
+    call = calls.current_call(layer)
+    if layer.training or (call is not None and (call.generating or call.prompt_ids is not None)):
+        return
+    static = isinstance(cache, StaticCache) and not is_prompted(cache)
+    without_cache = kwargs.get("use_cache") is False and cache is None and layer.active_config.num_prompts > 1
+    if not (static or without_cache) or not _called_by_generate():
+        return
+    argument = "cache_implementation='static'" if static else "use_cache=False"
+    why = "sizes a static cache without room for the prompt" if static else "would choose a prompt again at every step"
+    raise ValueError(
+        f"generate({argument}) {why} when the adapter was added by transformers' own adapter methods: wrap the model with "
+        "peft (`PeftModel.from_pretrained`, `get_peft_model`), or use the default cache"
+    )
+
+
+def _called_by_generate() -> bool:
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "transformers.generation.utils":
+            return True
+        frame = frame.f_back
+    return False

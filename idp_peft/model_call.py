@@ -1,0 +1,76 @@
+"""The hooks on the causal language model: IDP's own arguments, taken out of its call before the base sees them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from idp_peft import call as calls
+from idp_peft.decoder import by_name
+
+_OWN = ("prompt_ids", "selection_mask")
+
+
+class ModelCall:
+    """Reads `prompt_ids`, `selection_mask` and `labels` off a forward of the model, for the decoder's hooks.
+
+    Args:
+        layer (`IDPLayer`): whose prompts are applied.
+    """
+
+    def __init__(self, layer) -> None:
+        self.layer = layer
+
+    def before(self, model: nn.Module, args: tuple, kwargs: dict):
+        """Forward pre-hook."""
+        own = {name: kwargs[name] for name in _OWN if kwargs.get(name) is not None}
+        kwargs = {name: value for name, value in kwargs.items() if name not in _OWN}
+        if self.layer.active_name is None:
+            if own:
+                raise ValueError(f"{' and '.join(f'`{n}`' for n in own)} given, but no IDP adapter is active")
+            return args, kwargs
+        outer = calls.current_call(self.layer)
+        if outer is not None and outer.generating and not own:
+            return None
+        call = calls.Call(self.layer, labels=kwargs.get("labels"), **own)
+        if self.layer.training and self.layer.active_config.assignment == "all" and "prompt_ids" not in own:
+            args, kwargs = self._on_every_prompt(call, model, args, kwargs)
+        calls.begin(call)
+        return args, kwargs
+
+    def after(self, model: nn.Module, args: tuple, kwargs: dict, output):
+        """Forward post-hook; runs after errors too, then without an output."""
+        call = calls.current_call(self.layer)
+        if call is None or call.generating:
+            return None
+        calls.end(call)
+        if output is None or call.batch is None:
+            return None
+        return self._with_mean_logits(call.batch, output)
+
+    def _on_every_prompt(self, call: calls.Call, model: nn.Module, args: tuple, kwargs: dict):
+        """`assignment="all"`: repeat the batch once per prompt; the model's own loss is then the mean over prompts."""
+        kwargs = by_name(model, args, kwargs)
+        if kwargs.get("labels") is None:
+            raise ValueError("assignment='all' needs `labels` in the model's call: its loss is the mean over prompts")
+        prompts = self.layer.active_bank.num_prompts
+        call.batch = len(kwargs["labels"])
+        call.prompt_ids = torch.arange(prompts).repeat_interleave(call.batch)
+        for name, value in kwargs.items():
+            if isinstance(value, torch.Tensor) and value.ndim and len(value) == call.batch:
+                kwargs[name] = value.repeat(prompts, *[1] * (value.ndim - 1))
+        if kwargs.get("num_items_in_batch") is not None:
+            kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * prompts
+        call.labels = call.selection_mask = None
+        return (), kwargs
+
+    @staticmethod
+    def _with_mean_logits(batch: int, output):
+        """Back to one set of logits per example, `[batch, n, vocab]`: their mean over prompts."""
+        is_tuple = isinstance(output, tuple)
+        logits = output[1] if is_tuple else output.logits  # a tuple begins with the loss
+        mean = logits.view(-1, batch, *logits.shape[1:]).mean(0)
+        if is_tuple:
+            return (output[0], mean, *output[2:])
+        output["logits"] = mean
+        return output
