@@ -127,6 +127,7 @@ class DecoderCall:
 
     def _start(self, decoder: nn.Module, kwargs: dict, cache) -> None:
         layer, bank = self.layer, self.layer.active_bank
+        bank.is_new = False
         inputs = checked_inputs(kwargs)
         batch, tokens = inputs.shape[:2]
         refuse_without_own_generate(layer, kwargs)

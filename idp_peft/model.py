@@ -107,7 +107,7 @@ class IDPModel(BaseTuner):
                 shapes, config, embedding_width(model.get_input_embeddings()), f"the file of adapter {adapter_name!r}"
             )
         except ValueError:
-            _remove_adapter(model, adapter_name)
+            _remove_adapter(model, adapter_name, only_new=True)
             raise
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
@@ -174,17 +174,21 @@ class IDPModel(BaseTuner):
         return generate(self.layer, (inputs, *args), kwargs, prompt_ids, selection_mask)
 
 
-def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take a half-loaded adapter off again, and the whole of IDP where it was the only one."""
-    configs = getattr(model, "peft_config", None)
-    for module in list(model.modules()):
-        if isinstance(module, IDPLayer) and adapter_name in module.idp_prompts:
-            if len(module.idp_prompts) > 1:
-                module.delete_adapter(adapter_name)
-            else:
-                base = module.model
-                module.detach()
-                if hasattr(base, "peft_config"):
-                    del base.peft_config
-    if isinstance(configs, dict):
-        configs.pop(adapter_name, None)
+def _remove_adapter(model: nn.Module, adapter_name: str, only_new: bool = False) -> None:
+    """Take a half-loaded adapter off again, and the whole of IDP where it was the only one.
+
+    Args:
+        only_new (`bool`): leave a bank that was applied before where it is.
+    """
+    for layer in [module for module in model.modules() if isinstance(module, IDPLayer)]:
+        bank = dict(layer.idp_prompts).get(adapter_name)
+        if only_new and not (bank is not None and bank.is_new):
+            return
+        configs = getattr(layer.model, "peft_config", {})
+        if bank is not None and len(layer.idp_prompts) > 1:
+            layer.delete_adapter(adapter_name)
+            configs.pop(adapter_name, None)
+        elif bank is not None or not layer.idp_prompts:
+            layer.detach()
+            if hasattr(layer.model, "peft_config"):
+                del layer.model.peft_config

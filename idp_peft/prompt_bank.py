@@ -20,6 +20,7 @@ class PromptBank(nn.Embedding):
     def __init__(self, lengths: list[int], embedding_dim: int, device: torch.device | None = None) -> None:
         super().__init__(sum(lengths), embedding_dim, device=device, dtype=torch.float32)
         self.lengths = list(lengths)
+        self.is_new = True  # until it is first applied: a failed load takes a new bank off again
 
     @property
     def num_prompts(self) -> int:

@@ -348,8 +348,14 @@ def test_weights_of_another_shape_are_refused_without_a_file_too(saved):
     from peft import set_peft_model_state_dict
 
     model, _, _ = saved
+    logits(model)
     with pytest.raises(ValueError, match=r"holds prompts of shape \[2, 2\], expected \[15, 32\]"):
         set_peft_model_state_dict(model, {"base_model.model.model.idp.idp_prompts.weight": torch.zeros(2, 2)})
+    assert model.base_model.layer.active_name == "default", "an adapter in use stays"
+    fresh = get_peft_model(tiny("llama"), IDPConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match=r"has no prompts"):
+        set_peft_model_state_dict(fresh, {})
+    as_it_was(fresh.base_model.model, logits(tiny("llama")))
 
 
 # ---------------------------------------------------------------------- models that cannot be prompted

@@ -73,6 +73,18 @@ def test_generation_of_a_left_padded_batch_equals_each_row_alone(make, name, bea
         assert torch.equal(together[row, 9:], alone[0, -8:])
 
 
+@pytest.mark.parametrize("name", ["mistral_small_window", "gemma2", "gemma3", "mpt"])
+def test_padding_takes_no_room_in_a_sliding_window_or_a_bias(make, name):
+    """Far past the window, every step's scores are those of the row alone."""
+    model = make(name, num_virtual_tokens=UNEQUAL)
+    ids, mask = token_batch([3, 9])
+    arguments = {"max_new_tokens": 14, "output_logits": True, "return_dict_in_generate": True}
+    together = torch.stack(model.generate(input_ids=ids, attention_mask=mask, **arguments).logits, dim=1)
+    for row in range(2):
+        alone = model.generate(input_ids=ids[row][mask[row].bool()][None], **arguments).logits
+        assert (together[row] - torch.stack(alone, dim=1)[0]).abs().max() <= TOLERANCE
+
+
 @architectures
 def test_greedy_generation_equals_the_base_model_on_the_concatenation(make, name):
     model, base = make(name, num_virtual_tokens=UNEQUAL), tiny(name)

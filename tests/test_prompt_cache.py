@@ -249,7 +249,9 @@ def test_a_started_cache_follows_its_rows(make):
         twin = copy.deepcopy(cache)
         for each in (cache, twin):
             output = model(
-                input_ids=ids[:, -1:], attention_mask=torch.nn.functional.pad(mask, (0, 1), value=1), past_key_values=each
+                input_ids=ids[:, -1:],
+                attention_mask=torch.nn.functional.pad(mask, (0, 1), value=1),
+                past_key_values=each,
             )
             assert each.get_seq_length() == 10
             assert output.logits.shape == (3, 1, 97)

@@ -105,3 +105,41 @@ def test_fixed_selection_uses_its_prompt(make):
     assert torch.equal(free, forced)
     model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2)
     assert model.last_selection.prompt_ids.tolist() == [2, 2]
+
+
+def test_a_choice_is_kept_at_every_step_without_a_cache(make):
+    """Random selection hashes the whole input, so choosing again at a later step would show."""
+    model = make("llama", selection="random", num_virtual_tokens=[3, 5, 2, 5])
+    ids, mask = token_batch([4, 9, 6, 5, 7])
+    arguments = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 8}
+    cached = model.generate(**arguments)
+    chosen = model.last_selection.prompt_ids
+    assert torch.equal(model.generate(**arguments, use_cache=False), cached)
+    assert torch.equal(model.last_selection.prompt_ids, chosen)
+    assert torch.equal(model.generate(**arguments, prompt_ids=chosen), cached)
+
+
+def test_a_call_leaves_nothing_for_the_next(make):
+    """TRL's fused heads call the decoder directly: labels and prompts of an earlier call must be gone."""
+    model = make("llama")
+    ids, mask = token_batch([6, 9])
+    decoder = model.get_base_model().model
+    with torch.no_grad():
+        decoder(input_ids=ids, attention_mask=mask)
+        free = model.last_selection.scores
+        model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(torch.arange(9) < 7, -100))
+        model(input_ids=ids, attention_mask=mask, prompt_ids=torch.tensor([3, 3]))
+        decoder(input_ids=ids, attention_mask=mask)
+    assert torch.equal(model.last_selection.scores, free)
+
+
+def test_a_call_speaks_to_its_own_model_alone(make, tmp_path):
+    """A draft model with a smaller bank of its own is not given the target's prompt."""
+    make("llama", num_prompts=2, seed=1).save_pretrained(tmp_path)
+    draft = tiny("llama", seed=1)
+    draft.load_adapter(str(tmp_path))
+    model = make("llama")
+    ids, _ = token_batch([7])
+    forced = {"input_ids": ids, "prompt_ids": torch.tensor([3]), "max_new_tokens": 6}
+    assert torch.equal(model.generate(**forced, assistant_model=draft), model.generate(**forced))
+    assert draft.model.idp.last_selection.prompt_ids < 2
