@@ -26,6 +26,8 @@ class Call:
         generating (`bool`): whether this is a `generate`, whose choice is made once and kept.
         batch (`int`, *optional*): rows that the caller gave, before `generate` multiplies them for beams.
         tokens (`int`, *optional*): input tokens that the caller gave `generate`; drafted ones behind them never steer.
+        total (`int`, *optional*): tokens that `generate` will reach at most, where nobody can go on from its cache.
+        seen (`bool`): whether the decoder was reached once, so that the call's arguments are checked already.
         chosen (`Selection`, *optional*): the choice, once made.
     """
 
@@ -36,6 +38,8 @@ class Call:
     generating: bool = False
     batch: int | None = None
     tokens: int | None = None
+    total: int | None = None
+    seen: bool = False
     chosen: Selection | None = None
     token: Token | None = field(default=None, repr=False)
 
@@ -65,6 +69,22 @@ def running(call: Call):
         yield call
     finally:
         end(call)
+
+
+@contextmanager
+def undisturbed():
+    """Leaves no call behind, even where an interrupt kept torch from running the hooks that end it."""
+    before = _call.get()
+    try:
+        yield
+    finally:
+        _call.set(before)
+
+
+def forget(call: Call) -> None:
+    """Drop a call that an interrupt left behind."""
+    if _call.get() is call:
+        _call.set(None)
 
 
 @contextmanager

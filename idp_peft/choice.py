@@ -7,10 +7,10 @@ import torch
 from idp_peft import call as calls
 from idp_peft.probe import attention_at_layer
 from idp_peft.prompt_cache import PromptCache
+from idp_peft.random_choice import choose_random
 from idp_peft.selection import (
     Selection,
     check_prompt_ids,
-    choose_random,
     context_tokens,
     deal_evenly,
     scores_from_attention,
@@ -29,15 +29,21 @@ def prompts_for(layer, kwargs: dict, real: torch.Tensor, prompt_cache: PromptCac
     config, batch = layer.active_config, len(real)
     call = calls.current_call(layer) or calls.Call(layer)
     rows = call.batch if call.generating else batch  # `generate` repeats each row for its beams
+    training = layer.training and not call.generating
     if call.chosen is not None:
         selection = call.chosen
     elif call.prompt_ids is not None:
         selection = Selection(check_prompt_ids(call.prompt_ids, rows, config.num_prompts))
-    elif layer.training and config.assignment == "uniform":
+    elif training and config.assignment == "uniform":
         selection = Selection(deal_evenly(batch, config.num_prompts))
-    elif layer.training and config.assignment == "all":
+    elif training and config.assignment == "all":
         raise ValueError(
             "assignment='all' works through the model's own forward with `labels`, not by calling its decoder"
+        )
+    elif training and call.labels is None and call.selection_mask is None:
+        raise ValueError(
+            "assignment='selected' needs `labels` or `selection_mask` in the model's call, so that targets cannot steer "
+            "the choice (Trainer's label smoothing takes the labels out of it)"
         )
     else:
         given = (slice(None, None, batch // rows), slice(call.tokens))  # without beams and drafted tokens

@@ -1,7 +1,7 @@
 """Prompts in front of the input embeddings: the definition itself, f([P ; E(x)]), where no prompt cache can stand in.
 
 Used under gradient checkpointing, which recomputes layers and cannot keep a cache, and where a decoder measures
-distance in slots (a full sliding window, MPT), so that padding must stand before the prompt instead of behind it.
+distance in slots (a sliding window that fills up, MPT), so that padding must stand before the prompt instead of behind it.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ from functools import cache
 
 import torch
 from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _POSITION_TABLES = ("wpe", "embed_positions")
@@ -26,7 +28,7 @@ def find_decoder(model: nn.Module) -> nn.Module:
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"IDP needs a decoder-only model: {name} is an encoder-decoder")
     decoder = model.get_decoder()
-    if decoder is model or decoder is None:
+    if decoder is model or decoder is None or getattr(decoder, "config", None) is None:
         raise ValueError(f"IDP needs a causal language model with its head (AutoModelForCausalLM), got {name}")
     if getattr(decoder.config, "is_decoder", True) is False and not getattr(model, "_is_stateful", False):
         _refuse_bidirectional(model, decoder)
@@ -35,7 +37,29 @@ def find_decoder(model: nn.Module) -> nn.Module:
     if blocks is None or without is not None:
         where = "" if without is None else f" in layer {without}"
         raise ValueError(f"IDP needs attention in every layer of the decoder: found none{where} of {name}")
+    _refuse_unknown_caches(decoder, name)
     return decoder
+
+
+def _refuse_unknown_caches(decoder: nn.Module, name: str) -> None:
+    """Raise where a layer keeps more than keys and values per token, or the decoder cannot be told positions."""
+    parameters = forward_parameters(type(decoder))
+    if "past_key_values" not in parameters:
+        raise ValueError(f"IDP needs a decoder that takes `past_key_values`, which {type(decoder).__name__} does not")
+    if position_limit(decoder) is not None and "position_ids" not in parameters:
+        raise ValueError(
+            f"IDP needs a decoder that takes `position_ids`, which {type(decoder).__name__} does not: its padded batches "
+            "could not be right"
+        )
+    for layer, cache_layer in enumerate(DynamicCache(config=decoder.config).layers):
+        if type(cache_layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ValueError(
+                f"IDP needs plain or sliding attention in every layer of the decoder: layer {layer} of {name} keeps a "
+                f"{type(cache_layer).__name__}"
+            )
+    for block in find_blocks(decoder)[1]:
+        if not hasattr(getattr(block, find_attention(block)), "layer_idx"):
+            raise ValueError(f"IDP needs attention modules that know their `layer_idx`, which those of {name} do not")
 
 
 def _refuse_bidirectional(model: nn.Module, decoder: nn.Module) -> None:
@@ -97,6 +121,26 @@ def needs_full_mask(decoder: nn.Module) -> bool:
     """Whether the decoder must be given a mask even where nothing is masked: the mask code of some transformers 5.0
     models (StableLM) counts a slot too many behind a filled cache unless a mask says how many there are."""
     return hasattr(decoder, "_update_causal_mask")
+
+
+def rotary_length(decoder: nn.Module, tokens: int) -> int | None:
+    """The length by which the decoder chooses its rotary frequencies for `tokens` tokens; `None` where they are fixed
+    (they depend on the length with `rope_type` "dynamic" and "longrope", beyond the original context)."""
+    config = decoder.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    for group in [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]:
+        kind = group.get("rope_type") or "default"
+        original = group.get("original_max_position_embeddings") or config.max_position_embeddings
+        if kind == "longrope" and tokens > original:
+            return original + 1
+        if "dynamic" in kind and tokens > config.max_position_embeddings:
+            return tokens
+    return None
+
+
+def has_changing_rotary(decoder: nn.Module) -> bool:
+    """Whether [`rotary_length`] can be anything but `None`."""
+    return rotary_length(decoder, 2**40) is not None
 
 
 def position_limit(decoder: nn.Module) -> int | None:

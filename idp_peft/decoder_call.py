@@ -12,7 +12,15 @@ from transformers import DynamicCache, StaticCache
 from idp_peft import call as calls
 from idp_peft.choice import prompts_for
 from idp_peft.concatenation import Concatenation
-from idp_peft.decoder import by_name, distances_from_slots, forward_parameters, has_alibi, needs_full_mask
+from idp_peft.decoder import (
+    by_name,
+    distances_from_slots,
+    forward_parameters,
+    has_alibi,
+    has_changing_rotary,
+    needs_full_mask,
+    rotary_length,
+)
 from idp_peft.input_checks import (
     check_room,
     checked_inputs,
@@ -22,7 +30,7 @@ from idp_peft.input_checks import (
 )
 from idp_peft.prompt_cache import check_finite
 from idp_peft.prompted_cache import PromptPart, adopt, decoder_view, is_prompted
-from idp_peft.selection import check_prompt_ids
+from idp_peft.selection import Selection, check_prompt_ids
 
 
 @dataclass
@@ -52,6 +60,7 @@ class DecoderCall:
         """Forward pre-hook."""
         if calls.is_internal_run():
             return None
+        _frames.set(None)
         kwargs = by_name(decoder, args, kwargs)
         cache = kwargs.get("past_key_values")
         started = is_prompted(cache) and cache.idp_part is not None
@@ -101,18 +110,12 @@ class DecoderCall:
         if batch != len(part.prompt_ids):
             raise ValueError(f"`past_key_values` holds {len(part.prompt_ids)} rows, the input has {batch}")
         call = calls.current_call(self.layer)
-        if call is not None and call.prompt_ids is not None:
-            forced = check_prompt_ids(call.prompt_ids, batch, self.layer.active_bank.num_prompts).to(
-                part.prompt_ids.device
-            )
-            if not torch.equal(forced, part.prompt_ids):
-                raise ValueError(
-                    f"`prompt_ids` {forced.tolist()} differ from those `past_key_values` was started with, "
-                    f"{part.prompt_ids.tolist()}: a choice is kept for every turn; start a new cache to change it"
-                )
+        if call is not None and not call.seen:
+            self._check_next_turn(call, part, batch)
+            call.seen = True
         past = int(cache.get_seq_length())
         mask = checked_mask(kwargs, batch, past + tokens, "past_key_values and the input")
-        check_room(decoder, past + tokens, part.positions)
+        check_room(decoder, past + tokens, part.positions, mask)
         if kwargs.get("position_ids") is not None:
             positions = kwargs["position_ids"]
         elif mask is not None:
@@ -123,86 +126,131 @@ class DecoderCall:
         _set_positions(decoder, kwargs, positions + part.shift)
         _enter(kwargs, _Frame(cache=cache, view=decoder_view(cache)))
 
+    def _check_next_turn(self, call: calls.Call, part: PromptPart, batch: int) -> None:
+        """A choice is kept for every turn: what a call asks for must be what its cache was started with."""
+        layer = self.layer
+        if part.started_by != layer.signature:
+            raise ValueError(
+                f"`past_key_values` was started by adapter {part.started_by[1]!r} of "
+                f"{'this' if part.started_by[0] == layer.signature[0] else 'another'} model, adapter "
+                f"{layer.active_name!r} is active: start a new cache, or switch back"
+            )
+        rows = call.batch if call.generating else batch
+        kept = part.prompt_ids[:: batch // rows]
+        if call.prompt_ids is not None:
+            forced = check_prompt_ids(call.prompt_ids, rows, layer.active_bank.num_prompts).to(kept.device)
+            if not torch.equal(forced, kept):
+                raise ValueError(
+                    f"`prompt_ids` {forced.tolist()} differ from those `past_key_values` was started with, "
+                    f"{kept.tolist()}: a choice is kept for every turn; start a new cache to change it"
+                )
+        if call.selection_mask is not None:
+            raise ValueError(
+                "`selection_mask` cannot steer a choice that `past_key_values` was started with: start a new cache"
+            )
+        layer.remember(Selection(kept))
+
     # ------------------------------------------------------------------ a fresh input
 
     def _start(self, decoder: nn.Module, kwargs: dict, cache) -> None:
         layer, bank = self.layer, self.layer.active_bank
         bank.is_new = False
-        inputs = checked_inputs(kwargs)
-        batch, tokens = inputs.shape[:2]
-        refuse_without_own_generate(layer, kwargs)
-        mask = checked_mask(kwargs, batch, tokens, "the input")
-        real = torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device) if mask is None else mask.bool()
-        refuse_packed(kwargs, real)
-        check_room(decoder, tokens, bank.max_length, real if mask is not None else None)
-
-        with_graph = torch.is_grad_enabled() and (bank.weight.requires_grad or decoder.training)
-        checkpointing = decoder.training and with_graph and getattr(decoder, "gradient_checkpointing", False)
+        mask, real = self._checked(decoder, kwargs)
+        tokens = real.shape[1]
+        if (call := calls.current_call(layer)) is not None:
+            call.seen = True
+        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in decoder.parameters())
+        checkpointing = trains and decoder.training and getattr(decoder, "gradient_checkpointing", False)
         returns_cache = _returns_cache(decoder, kwargs)
-        padded_between = (
-            mask is not None
-            and distances_from_slots(decoder, None if returns_cache else bank.max_length + tokens)
-            and not bool(real[:, 0].all())
-        )
-        prompt_cache = None
-        if with_graph and not (checkpointing or padded_between):
-            prompt_cache = layer.prompt_cache_with_graph()
+        padding_first = self._padding_must_stand_first(decoder, mask, tokens, returns_cache)
+        concatenate = checkpointing or padding_first
 
-        prompt_ids = prompts_for(layer, kwargs, real, prompt_cache).to(inputs.device)
-        has_prompt = prompt_ids >= 0
-        all_prompted = bool(has_prompt.all())
-        any_prompted = all_prompted or bool(has_prompt.any())
-        if not any_prompted and cache is None and not returns_cache:
+        length = None
+        if has_changing_rotary(decoder):
+            length = rotary_length(decoder, bank.max_length + (tokens if mask is None else int(real.sum(-1).max())))
+        prompt_cache = None
+        if trains and not concatenate:
+            prompt_cache = layer.prompt_cache_with_graph(length)
+        elif length is not None:
+            prompt_cache = layer.prompt_cache(length)
+
+        part = self._part(prompts_for(layer, kwargs, real, prompt_cache).to(real.device))
+        if not part.positions and cache is None and not returns_cache:
             return  # the base model, exactly
-        part = PromptPart(prompt_ids, positions=0, shift=0, mask=None)
-        if any_prompted:
-            part.positions = bank.max_length
-            part.shift = bank.max_length if all_prompted else (has_prompt * bank.max_length)[:, None]  # [B, 1]
-            if not all_prompted or len(set(bank.lengths)) > 1:
-                part.mask = bank.real_slots()[prompt_ids.clamp(min=0)].to(inputs.device) & has_prompt[:, None]  # [B, K]
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = (real.long().cumsum(-1) - 1).clamp(min=0)
         positions = positions + part.shift  # [B or 1, n]
+        if (returns_cache and not checkpointing) or not concatenate or not part.positions:
+            cache = DynamicCache(config=decoder.config) if cache is None else cache
+            adopt(cache)
+            cache.idp_part = part
+        frame = _Frame(cache, None if cache is None else decoder_view(cache), returns_cache)
 
-        if checkpointing or (padded_between and any_prompted):
-            returns_cache = returns_cache and not checkpointing
-            self._start_concatenated(decoder, kwargs, cache, part, real, positions, returns_cache, padded_between)
-            return
-        cache = DynamicCache(config=decoder.config) if cache is None else cache
-        adopt(cache)
-        view = decoder_view(cache)
-        if any_prompted:
-            if prompt_cache is None:
-                prompt_cache = layer.prompt_cache()
-            prompt_cache.put_rows(prompt_ids.clamp(min=0), view)
-        kwargs["attention_mask"] = _mask_with_prompt(decoder, cache, part, mask, batch, tokens)
-        _set_positions(decoder, kwargs, positions)
-        cache.idp_part = part
-        _enter(kwargs, _Frame(cache=cache, view=view, returns_cache=returns_cache))
+        if concatenate and part.positions:
+            frame.concatenation = self._concatenate(decoder, kwargs, part, real, positions, padding_first)
+        else:
+            if part.positions:
+                prompt_cache = prompt_cache or layer.prompt_cache()
+                prompt_cache.put_rows(part.prompt_ids.clamp(min=0), frame.view)
+            kwargs["attention_mask"] = _mask_with_prompt(decoder, cache, part, mask, len(real), tokens)
+            _set_positions(decoder, kwargs, positions)
+        _enter(kwargs, frame)
 
-    def _start_concatenated(self, decoder, kwargs, cache, part, real, positions, returns_cache, padding_first) -> None:
+    def _checked(self, decoder: nn.Module, kwargs: dict) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The caller's mask, and the real tokens it marks: bool `[batch, n]`."""
+        inputs = checked_inputs(kwargs)
+        batch, tokens = inputs.shape[:2]
+        refuse_without_own_generate(self.layer, kwargs)
+        mask = checked_mask(kwargs, batch, tokens, "the input")
+        real = torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device) if mask is None else mask.bool()
+        refuse_packed(kwargs, real)
+        check_room(decoder, tokens, self.layer.active_bank.max_length, mask)
+        return mask, real
+
+    def _padding_must_stand_first(self, decoder: nn.Module, mask, tokens: int, returns_cache: bool) -> bool:
+        """Whether left padding between prompt and input would be counted as distance, now or later in this sequence."""
+        if mask is None:
+            return False
+        call, slots = calls.current_call(self.layer), tokens
+        if returns_cache:  # the sequence goes on: as far as `generate` says, or who knows how far
+            slots = call.total if call is not None and call.generating else None
+        slots = None if slots is None else slots + self.layer.active_bank.max_length
+        return distances_from_slots(decoder, slots) and not bool(mask[:, 0].all())
+
+    def _part(self, prompt_ids: torch.Tensor) -> PromptPart:
+        """What the chosen prompts add at the front of each row.
+
+        Args:
+            prompt_ids (`torch.Tensor`): int64 `[batch]`.
+        """
+        bank = self.layer.active_bank
+        part = PromptPart(prompt_ids, positions=0, shift=0, mask=None, started_by=self.layer.signature)
+        has_prompt = prompt_ids >= 0
+        every_row = bool(has_prompt.all())
+        if every_row or bool(has_prompt.any()):
+            part.positions = bank.max_length
+            part.shift = bank.max_length if every_row else (has_prompt * bank.max_length)[:, None]  # [B, 1]
+            if not every_row or len(set(bank.lengths)) > 1:
+                real_slots = bank.real_slots(prompt_ids.device)[prompt_ids.clamp(min=0)]
+                part.mask = real_slots & has_prompt[:, None]  # [B, K]
+        return part
+
+    def _concatenate(self, decoder, kwargs: dict, part: PromptPart, real, positions, padding_first) -> Concatenation:
         """Prepend embeddings; the decoder computes the prompt with the input."""
         bank = self.layer.active_bank
-        embeds = kwargs.pop("inputs_embeds", None)
-        ids = kwargs.pop("input_ids", None)
+        embeds, ids = kwargs.pop("inputs_embeds", None), kwargs.pop("input_ids", None)
         embeds = self.layer.get_base_layer()(ids) if embeds is None else embeds
         tokens = bank.tokens()
         check_finite(bank, tokens)
-        rows = part.prompt_ids.clamp(min=0)
-        prompts = tokens.to(embeds.dtype)[bank.token_index("right")][rows]  # [B, K, d]
+        index = bank.token_index("right", tokens.device)[part.prompt_ids.clamp(min=0).to(tokens.device)]  # [B, K]
+        prompts = tokens.to(embeds.dtype)[index].to(embeds.device)  # [B, K, d]
         slots = part.mask if part.mask is not None else real.new_ones(len(embeds), bank.max_length)
         joined = Concatenation.build(prompts, slots, embeds, real, positions.expand(len(embeds), -1), padding_first)
         kwargs.update(inputs_embeds=joined.inputs_embeds, attention_mask=joined.attention_mask)
         _set_positions(decoder, kwargs, joined.position_ids)
-        frame = _Frame(returns_cache=returns_cache, concatenation=joined)
-        if returns_cache:
-            frame.cache = DynamicCache(config=decoder.config) if cache is None else cache
-            adopt(frame.cache)
-            frame.view = decoder_view(frame.cache)
-            part.mask, part.covered = joined.attention_mask.bool(), embeds.shape[1]
-            frame.cache.idp_part = part
-        _enter(kwargs, frame)
+        part.mask, part.covered = joined.attention_mask.bool(), embeds.shape[1]
+        return joined
 
 
 def _enter(kwargs: dict, frame: _Frame) -> None:

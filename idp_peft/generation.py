@@ -40,7 +40,16 @@ def generate(layer, args: tuple, kwargs: dict, prompt_ids: torch.Tensor | None, 
         prompt_ids = check_prompt_ids(prompt_ids, len(source), layer.active_bank.num_prompts)
     settings = _Settings(kwargs.get("generation_config") or layer.model.generation_config, kwargs)
     kwargs = _make_room(layer, source, settings, kwargs)
-    call = Call(layer, prompt_ids, selection_mask, generating=True, batch=len(source), tokens=source.shape[1])
+    kept = kwargs.get("past_key_values") is not None or settings.get("return_dict_in_generate")
+    call = Call(
+        layer,
+        prompt_ids,
+        selection_mask,
+        generating=True,
+        batch=len(source),
+        tokens=source.shape[1],
+        total=None if kept else settings.total_tokens(source.shape[1]),
+    )
     with running(call):
         if settings.get("prefill_chunk_size") is not None and prompt_ids is None:
             kwargs = _choose_before_chunks(call, source, kwargs, settings)
@@ -55,6 +64,11 @@ class _Settings:
 
     def get(self, name: str):
         return self.kwargs[name] if name in self.kwargs else getattr(self.config, name, None)
+
+    def total_tokens(self, tokens: int) -> int:
+        """How many tokens an input of `tokens` can become; at least that many, in doubt more."""
+        new_tokens = self.get("max_new_tokens")
+        return tokens + new_tokens if new_tokens else max(self.get("max_length") or 0, tokens + 20)
 
 
 def _choose_before_chunks(call: Call, source: torch.Tensor, kwargs: dict, settings: _Settings) -> dict:
@@ -89,11 +103,14 @@ def _make_room(layer, source: torch.Tensor, settings: _Settings, kwargs: dict) -
     kind = settings.get("cache_implementation")
     if cache is not None or kind not in _STATIC or settings.get("use_cache") is False:
         return kwargs
-    new_tokens, max_length = settings.get("max_new_tokens"), settings.get("max_length")
-    total = source.shape[1] + new_tokens if new_tokens else max(max_length or 0, source.shape[1] + 20)
+    if "cache_implementation" not in kwargs and "generation_config" not in kwargs:
+        raise ValueError(
+            f"the model's own generation_config asks for cache_implementation={kind!r}, which leaves no room for the prompt: "
+            "set it to None there, and pass cache_implementation to `generate`"
+        )
     cache = StaticCache(
         config=layer.model.config.get_text_config(decoder=True),
-        max_cache_len=total + longest,
+        max_cache_len=settings.total_tokens(source.shape[1]) + longest,
         offloading="offloaded" in kind,
     )
     adopt(cache)

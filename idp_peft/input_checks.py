@@ -77,26 +77,39 @@ def check_room(decoder: nn.Module, tokens: int, positions: int, real: torch.Tens
 
 def refuse_without_own_generate(layer, kwargs: dict) -> None:
     """Raise for a `generate` that did not come through [`IDPModel.generate`] and needs what only that does."""
-    cache = kwargs.get("past_key_values")
     call = calls.current_call(layer)
-    if layer.training or (call is not None and (call.generating or call.prompt_ids is not None)):
+    if call is not None and (call.generating or call.prompt_ids is not None):
         return
-    static = isinstance(cache, StaticCache) and not is_prompted(cache)
-    without_cache = kwargs.get("use_cache") is False and cache is None and layer.active_config.num_prompts > 1
-    if not (static or without_cache) or not _called_by_generate():
+    frames = _generate_frames(layer.model)
+    if not frames:
         return
-    argument = "cache_implementation='static'" if static else "use_cache=False"
-    why = "sizes a static cache without room for the prompt" if static else "would choose a prompt again at every step"
+    cache, config = kwargs.get("past_key_values"), layer.active_config
+    settings = next((frame["generation_config"] for frame in frames if "generation_config" in frame), None)
+    argument = None
+    if isinstance(cache, StaticCache) and not is_prompted(cache):
+        argument, why = "cache_implementation='static'", "sizes a static cache without room for the prompt"
+    elif config.num_prompts > 1 and config.selection != "fixed":
+        if kwargs.get("use_cache") is False and cache is None:
+            argument, why = "use_cache=False", "would choose a prompt again at every step"
+        elif any("candidate_generator" in frame for frame in frames):
+            argument, why = "assisted decoding", "would let drafted tokens steer the choice"
+        elif getattr(settings, "prefill_chunk_size", None) is not None:
+            argument, why = "prefill_chunk_size=...", "would choose by the first chunk alone"
+        elif getattr(settings, "guidance_scale", None) not in (None, 1):
+            argument, why = "guidance_scale=...", "would choose a second prompt for the unconditional pass"
+    if argument is None:
+        return
     raise ValueError(
         f"generate({argument}) {why} when the adapter was added by transformers' own adapter methods: wrap the model with "
         "peft (`PeftModel.from_pretrained`, `get_peft_model`), or use the default cache"
     )
 
 
-def _called_by_generate() -> bool:
-    frame = sys._getframe(2)
+def _generate_frames(model: nn.Module) -> list[dict]:
+    """Local variables of the functions of this model's `generate` that are running its forward; empty outside of one."""
+    found, frame = [], sys._getframe(1)
     while frame is not None:
-        if frame.f_globals.get("__name__") == "transformers.generation.utils":
-            return True
+        if frame.f_globals.get("__name__") == "transformers.generation.utils" and frame.f_locals.get("self") is model:
+            found.append(frame.f_locals)
         frame = frame.f_back
-    return False
+    return found

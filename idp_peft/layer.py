@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +16,8 @@ from idp_peft.decoder import embedding_dtype, embedding_width, find_blocks
 from idp_peft.decoder_call import DecoderCall
 from idp_peft.model_call import ModelCall
 from idp_peft.prompt_bank import PromptBank, initial_tokens
-from idp_peft.prompt_cache import PromptCache, RememberedCache, compute_prompt_cache
+from idp_peft.prompt_cache import PromptCache, compute_prompt_cache
+from idp_peft.remembered_cache import RememberedCache
 from idp_peft.selection import Selection
 
 _of_this_thread = threading.local()
@@ -40,6 +42,7 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         self._base = (model, decoder)  # in a tuple: as attributes they would become children of their own child
         self._trainable_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._last_selection: Selection | None = None
+        self._identity = uuid.uuid4().hex
         model_call, decoder_call = ModelCall(self), DecoderCall(self)
         self._handles = [
             model.register_forward_pre_hook(model_call.before, with_kwargs=True),
@@ -115,6 +118,11 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         """The active adapter's selection layer, counted from the front."""
         return self.active_config.selection_layer % len(find_blocks(self.decoder)[1])
 
+    @property
+    def signature(self) -> tuple[str, str]:
+        """Which model and adapter a cache is started by."""
+        return self._identity, self.active_name
+
     # ------------------------------------------------------------------ the prompts as the decoder sees them
 
     @property
@@ -122,15 +130,16 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         """What prompts are cast to on use: the dtype of the base's input embeddings."""
         return embedding_dtype(self.get_base_layer(), self.decoder)
 
-    def prompt_cache(self) -> PromptCache:
+    def prompt_cache(self, rotary_length: int | None = None) -> PromptCache:
         """The active adapter's prompt cache, computed where it is missing or stale."""
+        remembered = self.idp_remembered[self.active_name]
         with internal_run(), _Evaluating(self.decoder):
-            return self.idp_remembered[self.active_name].get(self.decoder, self.active_bank, self.dtype)
+            return remembered.get(self.decoder, self.active_bank, self.dtype, rotary_length)
 
-    def prompt_cache_with_graph(self) -> PromptCache:
-        """The active adapter's prompt cache for one training step: gradients flow through it to the prompts."""
+    def prompt_cache_with_graph(self, rotary_length: int | None = None) -> PromptCache:
+        """The active adapter's prompt cache for one training step: gradients flow through it."""
         with internal_run():
-            return compute_prompt_cache(self.decoder, self.active_bank, self.dtype)
+            return compute_prompt_cache(self.decoder, self.active_bank, self.dtype, rotary_length)
 
     # ------------------------------------------------------------------ what was chosen last
 

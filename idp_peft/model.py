@@ -8,6 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from idp_peft.call import undisturbed
 from idp_peft.checkpoint import check_folder, check_shapes
 from idp_peft.config import IDPConfig
 from idp_peft.decoder import embedding_width, find_blocks, find_decoder, has_alibi
@@ -146,7 +147,11 @@ class IDPModel(BaseTuner):
             raise ValueError(
                 "IDP cannot mix adapters in one batch (`adapter_names`): put the prompts into one bank and pass `prompt_ids`"
             )
-        yield
+        with undisturbed():
+            yield
+
+    def add_weighted_adapter(self, *args, **kwargs) -> None:
+        raise ValueError("IDP adapters cannot be averaged: each prompt is chosen whole; train one bank instead")
 
     def generate(
         self,

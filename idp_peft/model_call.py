@@ -32,7 +32,9 @@ class ModelCall:
         outer = calls.current_call(self.layer)
         if outer is not None and outer.generating and not own:
             return None
-        call = calls.Call(self.layer, labels=kwargs.get("labels"), **own)
+        if outer is not None and not outer.generating:
+            calls.forget(outer)
+        call = calls.Call(self.layer, labels=by_name(model, args, kwargs).get("labels"), **own)
         if self.layer.training and self.layer.active_config.assignment == "all" and "prompt_ids" not in own:
             args, kwargs = self._on_every_prompt(call, model, args, kwargs)
         calls.begin(call)
@@ -57,7 +59,7 @@ class ModelCall:
         call.batch = len(kwargs["labels"])
         call.prompt_ids = torch.arange(prompts).repeat_interleave(call.batch)
         for name, value in kwargs.items():
-            if isinstance(value, torch.Tensor) and value.ndim and len(value) == call.batch:
+            if isinstance(value, torch.Tensor) and value.ndim >= 2 and len(value) == call.batch:
                 kwargs[name] = value.repeat(prompts, *[1] * (value.ndim - 1))
         if kwargs.get("num_items_in_batch") is not None:
             kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * prompts

@@ -169,7 +169,13 @@ class _EagerProbe:
             kwargs["output_attentions"] = True
         outputs = type(self.attention).forward(self.attention, *args, **kwargs)
         if self.attention.layer_idx == _current.get().layer:
-            raise _Reached(next(output for output in outputs[1:] if getattr(output, "ndim", 0) == 4))
+            weights = next((output for output in outputs[1:] if getattr(output, "ndim", 0) == 4), None)
+            if weights is None:
+                raise ValueError(
+                    f"{type(self.attention).__name__} does not report its attention weights: load the base model with "
+                    "attn_implementation='eager'"
+                )
+            raise _Reached(weights)
         return outputs
 
 

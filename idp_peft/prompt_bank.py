@@ -37,16 +37,17 @@ class PromptBank(nn.Embedding):
         Goes through the module's forward, never through `weight`, so that sharded parameters (ZeRO-3, FSDP) are
         gathered.
         """
-        return self(torch.arange(self.num_embeddings, device=self.weight.device))
+        # The index stays on the CPU while an offloaded weight waits on the meta device.
+        device = None if self.weight.is_meta else self.weight.device
+        return self(torch.arange(self.num_embeddings, device=device))
 
-    def token_index(self, align: str) -> torch.Tensor:
+    def token_index(self, align: str, device: torch.device) -> torch.Tensor:
         """int64 `[M, K]`: which row of `weight` stands in slot j of prompt i.
 
         Args:
             align (`str`): `"left"`: prompts begin at slot 0, and the slots after a shorter one repeat its last token.
                 `"right"`: prompts end at slot K-1, and the slots before a shorter one repeat its first token.
         """
-        device = self.weight.device
         lengths = torch.tensor(self.lengths, device=device)[:, None]  # [M, 1]
         starts = lengths.cumsum(0) - lengths
         slots = torch.arange(self.max_length, device=device)  # [K]
@@ -54,10 +55,10 @@ class PromptBank(nn.Embedding):
             return starts + torch.minimum(slots, lengths - 1)
         return starts + (slots - (self.max_length - lengths)).clamp(min=0)
 
-    def real_slots(self) -> torch.Tensor:
+    def real_slots(self, device: torch.device) -> torch.Tensor:
         """bool `[M, K]`: the slots of right-aligned prompts that hold a token of their own."""
-        slots = torch.arange(self.max_length, device=self.weight.device)
-        lengths = torch.tensor(self.lengths, device=self.weight.device)
+        slots = torch.arange(self.max_length, device=device)
+        lengths = torch.tensor(self.lengths, device=device)
         return slots >= self.max_length - lengths[:, None]
 
 

@@ -6,7 +6,6 @@ run through the base model once, alone; a request copies the rows of its chosen 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,8 +15,6 @@ from transformers import DynamicCache
 
 from idp_peft.decoder import forward_parameters
 from idp_peft.prompt_bank import PromptBank
-
-_lock = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -77,11 +74,20 @@ class PromptCache:
         return cache
 
 
-def compute_prompt_cache(decoder: nn.Module, bank: PromptBank, dtype: torch.dtype) -> PromptCache:
+def compute_prompt_cache(
+    decoder: nn.Module, bank: PromptBank, dtype: torch.dtype, rotary_length: int | None = None
+) -> PromptCache:
     """Run each prompt alone through the decoder. Gradients flow where they are enabled.
 
     Shorter prompts are padded at their end, where causal attention hides the padding, and moved to their slots
     afterwards: no row is ever masked, so no kernel sees an empty row.
+
+    Args:
+        decoder (`nn.Module`): the base model's decoder.
+        bank (`PromptBank`): the prompts.
+        dtype (`torch.dtype`): what they are cast to.
+        rotary_length (`int`, *optional*): where rotary frequencies depend on the length of the sequence, that length; a
+            last token at its end, which no prompt sees, makes the decoder choose them.
 
     Raises:
         `ValueError`: where a prompt holds NaN or infinity.
@@ -92,9 +98,13 @@ def compute_prompt_cache(decoder: nn.Module, bank: PromptBank, dtype: torch.dtyp
     lengths = torch.tensor(bank.lengths, device=device)
     slots = torch.arange(longest, device=device)
     positions = (longest - lengths[:, None] + slots).clamp(max=longest - 1)  # [M, K]
+    index = bank.token_index("left", device)  # [M, K]
+    if rotary_length is not None:
+        index = torch.cat([index, index[:, -1:]], dim=1)
+        positions = nn.functional.pad(positions, (0, 1), value=rotary_length - 1)
     cache = DynamicCache()
     decoder(
-        inputs_embeds=tokens.to(dtype)[bank.token_index("left")],  # [M, K, d]
+        inputs_embeds=tokens.to(dtype)[index],  # [M, K (+ 1), d]
         past_key_values=cache,
         use_cache=True,
         **({"position_ids": positions} if "position_ids" in forward_parameters(type(decoder)) else {}),
@@ -103,6 +113,7 @@ def compute_prompt_cache(decoder: nn.Module, bank: PromptBank, dtype: torch.dtyp
     equal = len(set(bank.lengths)) == 1
 
     def place(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor[:, :, :longest]
         if equal:
             return tensor
         index = source.to(tensor.device)[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
@@ -124,57 +135,3 @@ def check_finite(bank: PromptBank, tokens: torch.Tensor) -> None:
         raise ValueError(
             f"prompt(s) {bad} of the bank hold NaN or infinity: reload the adapter or lower the learning rate"
         )
-
-
-class RememberedCache:
-    """The prompt cache of one adapter, kept until anything it depends on changes.
-
-    It depends on the prompts (compared by value: no way of writing them escapes that), the base's tensors (compared by
-    their version counters), the device, the dtype and autocast.
-    """
-
-    def __init__(self) -> None:
-        self._cache: PromptCache | None = None
-        self._prompts: torch.Tensor | None = None
-        self._setting: tuple | None = None
-        self._base: list[torch.Tensor] = []
-        self._base_version = 0
-
-    def get(self, decoder: nn.Module, bank: PromptBank, dtype: torch.dtype) -> PromptCache:
-        """The prompt cache, computed without gradients where it is missing or stale.
-
-        Two threads that ask at once wait for one computation.
-        """
-        with _lock, torch.inference_mode(False), torch.no_grad():
-            tokens = bank.tokens()
-            device = tokens.device.type
-            autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-            setting = (tokens.device, tokens.dtype, dtype, autocast, tuple(bank.lengths))
-            if not self._is_fresh(tokens, setting):
-                self.forget()
-                base = [t for n, t in _tensors(decoder) if not n.startswith("idp.")]
-                self._cache = compute_prompt_cache(decoder, bank, dtype)
-                self._prompts, self._setting = tokens.clone(), setting
-                self._base, self._base_version = base, _version(base)
-            return self._cache
-
-    def forget(self) -> None:
-        """Drop the cache; the next request computes it again. Needed only by whoever replaces base weights by hand."""
-        self.__init__()
-
-    def _is_fresh(self, tokens: torch.Tensor, setting: tuple) -> bool:
-        return (
-            self._cache is not None
-            and self._setting == setting
-            and self._base_version == _version(self._base)
-            and torch.equal(self._prompts, tokens)
-        )
-
-
-def _tensors(module: nn.Module):
-    yield from module.named_parameters()
-    yield from module.named_buffers()
-
-
-def _version(tensors: list[torch.Tensor]) -> int:
-    return sum(0 if tensor.is_inference() else tensor._version for tensor in tensors)

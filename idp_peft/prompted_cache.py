@@ -26,6 +26,7 @@ class PromptPart:
         shift (`torch.Tensor` or `int`): what to add to the input's `position_ids`, one int or int64 `[batch, 1]`.
         mask (`torch.Tensor`, *optional*): bool `[batch, positions + covered]`, real slots at the front; `None` where
             all are real.
+        started_by (`tuple`): which model and adapter the prompts are from.
         covered (`int`): how many input slots `mask` speaks for, besides the prompt's (those of a prefill whose padding
             stands before the prompt).
     """
@@ -34,6 +35,7 @@ class PromptPart:
     positions: int
     shift: torch.Tensor | int
     mask: torch.Tensor | None
+    started_by: tuple[str, str] = ("", "")
     covered: int = 0
 
     def extend_mask(
@@ -79,8 +81,13 @@ class _InputLengths:
 
     def crop(self, *args, **kwargs) -> None:
         (size,) = (*args, *kwargs.values())
-        if _crops_to_a_length(type(self)) and size >= 0 and self.idp_part is not None:
-            size += self.idp_part.positions
+        if self.idp_part is not None:
+            if size < 0 and self.get_seq_length() + size < 0:
+                raise ValueError(
+                    f"crop({size}) of a cache of {int(self.get_seq_length())} tokens would cut into its prompt"
+                )
+            if size >= 0 and _crops_to_a_length(type(self)):
+                size += self.idp_part.positions
         super().crop(size)
 
     def reset(self) -> None:
@@ -104,10 +111,10 @@ class _InputLengths:
             self.idp_part.select_rows(indices)
 
     def get_mask_sizes(self, *args, **kwargs):
-        self.refuse()
+        return super().get_mask_sizes(*args, **kwargs) if self.idp_part is None else self.refuse()
 
     def update(self, *args, **kwargs):
-        self.refuse()
+        return super().update(*args, **kwargs) if self.idp_part is None else self.refuse()
 
     def refuse(self):
         raise RuntimeError(
@@ -116,7 +123,12 @@ class _InputLengths:
         )
 
     def __reduce__(self):
-        return _rebuild, (type(self).__mro__[2], self.__dict__)
+        return _rebuild, (_plain_class(type(self)), self.__dict__)
+
+
+def _plain_class(prompted: type[Cache]) -> type[Cache]:
+    """The class a cache had before it was adopted."""
+    return prompted.__mro__[2]
 
 
 @cache
@@ -127,8 +139,7 @@ def _prompted_class(plain: type[Cache]) -> type[Cache]:
 @cache
 def _crops_to_a_length(prompted: type[Cache]) -> bool:
     """transformers 5.0 crops to an absolute length; later versions remove a number of tokens."""
-    plain = prompted.__mro__[2]
-    return "tokens_to_remove" not in inspect.signature(plain.crop).parameters
+    return "tokens_to_remove" not in inspect.signature(_plain_class(prompted).crop).parameters
 
 
 def _rebuild(plain: type[Cache], state: dict) -> Cache:
@@ -151,7 +162,7 @@ def adopt(cache: Cache) -> None:
 
 def decoder_view(cache: Cache) -> Cache:
     """What the decoder works on: the same layers, every position counted."""
-    plain = type(cache).__mro__[2]
+    plain = _plain_class(type(cache))
     view = plain.__new__(plain)
     view.__dict__.update(cache.__dict__)
     return view

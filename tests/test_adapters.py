@@ -17,8 +17,13 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    DynamicCache,
     MambaConfig,
     MambaForCausalLM,
+    PegasusConfig,
+    PegasusForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -182,8 +187,66 @@ def test_what_the_hooks_cannot_do_alone_raises(make, tmp_path):
         ValueError, match=r"generate\(cache_implementation='static'\) sizes a static cache without room"
     ):
         model.generate(input_ids=ids, max_new_tokens=2, cache_implementation="static")
+    for arguments in (
+        {"prompt_lookup_num_tokens": 2},
+        {"assistant_model": tiny("llama")},
+        {"prefill_chunk_size": 2, "past_key_values": DynamicCache()},
+        {"guidance_scale": 1.5},
+    ):
+        with pytest.raises(ValueError, match="when the adapter was added by transformers' own adapter methods"):
+            model.generate(input_ids=ids, max_new_tokens=2, **arguments)
     with torch.no_grad():
         assert model(input_ids=ids, use_cache=False).past_key_values is None
+
+
+def test_an_interrupt_leaves_no_call_behind(make):
+    model = make("llama")
+    ids, mask = token_batch([6, 9])
+    decoder = model.get_base_model().model
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        decoder(input_ids=ids, attention_mask=mask)
+        free = model.last_selection.scores
+        handle = decoder.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(input_ids=ids, attention_mask=mask, prompt_ids=torch.tensor([3, 3]))
+        handle.remove()
+        decoder(input_ids=ids, attention_mask=mask)
+    assert torch.equal(model.last_selection.scores, free)
+
+
+def test_a_cache_is_not_continued_by_another_adapter(make):
+    model = make("llama")
+    model.add_adapter("other", IDPConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    ids, _ = token_batch([7])
+    first = model.generate(input_ids=ids, max_new_tokens=2, return_dict_in_generate=True)
+    longer = torch.cat([first.sequences, ids[:, :2]], dim=1)
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match="was started by adapter 'default' of this model, adapter 'other' is active"):
+        model.generate(input_ids=longer, past_key_values=first.past_key_values, max_new_tokens=2)
+    with pytest.raises(ValueError, match="was started by adapter 'default' of another model"):
+        make("llama").generate(input_ids=longer, past_key_values=first.past_key_values, max_new_tokens=2)
+
+
+def test_an_offloaded_base(make):
+    from accelerate import cpu_offload
+
+    model = make("llama", num_virtual_tokens=[3, 5, 2, 5])
+    expected = logits(model, lengths=(7, 4))
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(logits(model, lengths=(7, 4)), expected)
+
+
+def test_what_cannot_be_done_with_adapters_says_so(make):
+    with pytest.raises(ValueError, match="IDP adapters cannot be averaged"):
+        make("llama").add_weighted_adapter(["default"], [1.0], "mean")
+    model = make("llama")
+    model.generation_config.cache_implementation = "static"
+    with pytest.raises(ValueError, match="the model's own generation_config asks for cache_implementation='static'"):
+        model.generate(input_ids=token_batch([7])[0], max_new_tokens=2)
 
 
 def test_multi_turn_works_through_transformers_own_methods(make, tmp_path):
@@ -369,6 +432,16 @@ def test_models_that_cannot_be_prompted_are_refused():
     mamba = MambaForCausalLM(MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2, state_size=4))
     with pytest.raises(ValueError, match=r"IDP needs attention in every layer of the decoder.*MambaForCausalLM"):
         get_peft_model(mamba, config)
+    rwkv = RwkvForCausalLM(RwkvConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2, attention_hidden_size=8))
+    with pytest.raises(ValueError, match="IDP needs a decoder that takes `past_key_values`, which RwkvModel does not"):
+        get_peft_model(rwkv, config)
+    pegasus = PegasusForCausalLM(
+        PegasusConfig(
+            vocab_size=20, d_model=8, encoder_layers=1, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=8
+        )
+    )
+    with pytest.raises(ValueError, match="IDP needs a decoder that takes `position_ids`"):
+        get_peft_model(pegasus, config)
     with pytest.raises(ValueError, match=r"IDP needs a causal language model with its head .* got LlamaModel"):
         get_peft_model(tiny("llama").model, config)
     bert = BertForMaskedLM(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.reference import bank_of, brute_force_scores, concatenated_logits, plain_concatenated_logits
-from tests.tiny import LEARNED_POSITIONS, NAMES, tiny, token_batch
+from tests.tiny import CHANGING_ROTARY, LEARNED_POSITIONS, NAMES, tiny, token_batch
 
 EQUAL, UNEQUAL = [4, 4, 4, 4], [3, 5, 2, 5]
 BANKS = {"one": [4], "equal": EQUAL, "unequal": UNEQUAL}
@@ -83,6 +83,29 @@ def test_padding_takes_no_room_in_a_sliding_window_or_a_bias(make, name):
     for row in range(2):
         alone = model.generate(input_ids=ids[row][mask[row].bool()][None], **arguments).logits
         assert (together[row] - torch.stack(alone, dim=1)[0]).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", list(CHANGING_ROTARY))
+@pytest.mark.parametrize("tokens", [6, 9, 20])
+def test_frequencies_that_follow_the_length_are_those_of_the_concatenation(make, name, tokens):
+    ids, mask = token_batch([tokens])
+    for bank in (EQUAL, UNEQUAL):
+        for prompt in range(4):
+            model = make(name, num_virtual_tokens=bank)
+            expected = concatenated_logits(model, tiny(name), ids, prompt)
+            call = {"input_ids": ids, "prompt_ids": torch.tensor([prompt])}
+            with torch.no_grad():
+                model(input_ids=ids[:, :2])  # a short request first, whose prompt cache must not be used
+                assert (model(**call).logits - expected).abs().max() <= TOLERANCE
+            model = make(name, num_virtual_tokens=bank)
+            model.train()
+            assert (model(**call).logits - expected).abs().max() <= TOLERANCE
+    model = make(name, num_virtual_tokens=UNEQUAL)
+    with torch.no_grad():
+        model(input_ids=ids)
+    if tokens + max(UNEQUAL) <= 12:  # in one long row, more prompts would be a longer sequence than the definition's
+        expected = brute_force_scores(model, tiny(name, "eager"), ids, mask, mask, 0, "mean")
+        assert torch.allclose(model.last_selection.scores, expected, atol=1e-5, rtol=1e-4)
 
 
 @architectures

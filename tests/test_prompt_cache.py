@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from idp_peft import prompt_cache
+from idp_peft import remembered_cache
 from tests.reference import bank_of, concatenated_logits
 from tests.tiny import tiny, token_batch
 
@@ -16,13 +16,13 @@ from tests.tiny import tiny, token_batch
 def computed(monkeypatch):
     """Counts computations of the prompt cache."""
     counts = []
-    original = prompt_cache.compute_prompt_cache
+    original = remembered_cache.compute_prompt_cache
 
     def counting(*arguments):
         counts.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr(prompt_cache, "compute_prompt_cache", counting)
+    monkeypatch.setattr(remembered_cache, "compute_prompt_cache", counting)
     return counts
 
 

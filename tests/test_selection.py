@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from idp_peft.selection import choose_random, context_tokens, deal_evenly, scores_from_attention
+from idp_peft.random_choice import choose_random
+from idp_peft.selection import context_tokens, deal_evenly, scores_from_attention
 from tests.reference import brute_force_scores
 from tests.tiny import tiny, token_batch
 
@@ -143,3 +144,63 @@ def test_a_call_speaks_to_its_own_model_alone(make, tmp_path):
     forced = {"input_ids": ids, "prompt_ids": torch.tensor([3]), "max_new_tokens": 6}
     assert torch.equal(model.generate(**forced, assistant_model=draft), model.generate(**forced))
     assert draft.model.idp.last_selection.prompt_ids < 2
+
+
+def test_positional_labels_are_labels(make):
+    model = make("llama")
+    ids, mask = token_batch([6, 9])
+    labels = ids.masked_fill(torch.arange(9) < 7, -100)
+    base = model.get_base_model()
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask, labels=labels)
+        scores = model.last_selection.scores
+        base(ids, mask, None, None, None, labels)
+    assert torch.equal(model.last_selection.scores, scores)
+
+
+def test_generating_in_training_mode_selects(make):
+    ids, mask = token_batch([6, 9])
+    for assignment in ("uniform", "all", "selected"):
+        model = make("llama", assignment=assignment)
+        expected = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3)
+        model.train()
+        assert torch.equal(model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3), expected)
+        assert model.last_selection.scores is not None
+
+
+@pytest.mark.parametrize("arguments", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True, "top_k": 1}])
+def test_forced_prompts_with_several_sequences_per_row(make, arguments):
+    model = make("llama", num_virtual_tokens=[3, 5, 2, 5])
+    ids, mask = token_batch([6, 9, 4])
+    forced = torch.tensor([2, -1, 0])
+    together = model.generate(
+        input_ids=ids, attention_mask=mask, prompt_ids=forced, max_new_tokens=4, **arguments
+    ).view(3, -1, 13)
+    for row in range(3):
+        alone = ids[row][mask[row].bool()][None]
+        expected = model.generate(input_ids=alone, prompt_ids=forced[row][None], max_new_tokens=4, **arguments)
+        assert torch.equal(together[row][:, -4:], expected[:, -4:])
+
+
+def test_the_second_turn_reports_and_keeps_the_first_turns_choice(make):
+    model = make("llama", num_virtual_tokens=[3, 5, 2, 5])
+    ids, mask = token_batch([6, 9, 4])
+    forced = torch.tensor([0, 2, 3])
+    first = model.generate(
+        input_ids=ids, attention_mask=mask, prompt_ids=forced, max_new_tokens=3, return_dict_in_generate=True
+    )
+    with torch.no_grad():
+        model(input_ids=ids[:1])  # something else in between
+    longer = torch.cat([first.sequences, ids[:, -2:]], dim=1)
+    longer_mask = torch.cat([mask, torch.ones(3, 5, dtype=torch.long)], dim=1)
+    call = {"input_ids": longer, "attention_mask": longer_mask, "max_new_tokens": 3}
+    cache = first.past_key_values
+    import copy
+
+    with pytest.raises(
+        ValueError, match="`selection_mask` cannot steer a choice that `past_key_values` was started with"
+    ):
+        model.generate(**call, past_key_values=copy.deepcopy(cache), selection_mask=longer_mask)
+    second = model.generate(**call, past_key_values=cache)
+    assert model.last_selection.prompt_ids.tolist() == [0, 2, 3]
+    assert torch.equal(second, model.generate(**call, prompt_ids=forced))

@@ -173,3 +173,37 @@ def test_autocast_trains_float32_prompts(make):
     loss.backward()
     assert bank_of(model).weight.grad.dtype == torch.float32
     assert bank_of(model).weight.grad.abs().max() > 0
+
+
+def test_selected_needs_to_know_what_is_context(make, tmp_path):
+    model = make("llama", assignment="selected")
+    ids, _ = token_batch([9, 9])
+    model.train()
+    with pytest.raises(ValueError, match="assignment='selected' needs `labels` or `selection_mask`"):
+        model(input_ids=ids)
+    assert model(input_ids=ids, selection_mask=torch.ones_like(ids)).logits.shape == (2, 9, 97)
+    with pytest.raises(ValueError, match="Trainer's label smoothing takes the labels out of it"):
+        train(model, tmp_path, steps=1, label_smoothing_factor=0.1)
+
+
+def test_other_trainable_parameters_get_their_gradient_through_frozen_prompts(make):
+    """In evaluation mode too: the prompts' keys depend on the weights that train."""
+    model = make("llama")
+    ids, _ = token_batch([9, 9])
+    bank_of(model).weight.requires_grad_(False)
+    weight = model.get_base_model().model.layers[1].self_attn.k_proj.weight.requires_grad_(True)
+    call = {"input_ids": ids, "labels": ids, "prompt_ids": torch.tensor([1, 2])}
+    gradients = []
+    for training in (True, False):
+        model.train(training)
+        model.zero_grad()
+        model(**call).loss.backward()
+        gradients.append(weight.grad.clone())
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.zero_grad()
+    model(**call).loss.backward()
+    gradients.append(weight.grad.clone())
+    assert gradients[0].abs().max() > 1e-3
+    for gradient in gradients[1:]:
+        assert torch.allclose(gradient, gradients[0], atol=1e-6)

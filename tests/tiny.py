@@ -92,13 +92,35 @@ ARCHITECTURES = {
         },
     ),
 }
+_LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [3.0, 4.0, 5.0, 6.0],
+    "original_max_position_embeddings": 12,
+}
+_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+# Rotary frequencies that depend on the length of the sequence; a base with them is not itself in padded batches.
+CHANGING_ROTARY = {
+    "phi3_longrope": (
+        tf.Phi3Config,
+        tf.Phi3ForCausalLM,
+        {**_ROPE, "original_max_position_embeddings": 12, "rope_parameters": _LONG},
+    ),
+    "llama_dynamic": (
+        tf.LlamaConfig,
+        tf.LlamaForCausalLM,
+        {**_ROPE, "max_position_embeddings": 12, "rope_parameters": _DYNAMIC},
+    ),
+}
+ARCHITECTURES_AND_MORE = {**ARCHITECTURES, **CHANGING_ROTARY}
 NAMES = list(ARCHITECTURES)
 LEARNED_POSITIONS = ("opt", "gpt2", "gpt_bigcode")
 
 
 def tiny(name: str, attention: str = "sdpa", seed: int = 0, dtype: torch.dtype = torch.float32):
     """A tiny model in evaluation mode, with weights large enough that prompts and positions matter."""
-    config_class, model_class, arguments = ARCHITECTURES[name]
+    config_class, model_class, arguments = ARCHITECTURES_AND_MORE[name]
     config = config_class(**arguments)
     if attention == "sdpa" and not model_class._supports_sdpa:
         attention = "eager"

@@ -1,0 +1,31 @@
+"""The README's tables are the ones the result files hold, and it stays short."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+TABLES = {"demo": "benchmarks/demo/results/demo.md", "matrix": "benchmarks/compatibility/results/matrix.md"}
+
+
+@pytest.mark.parametrize("name", list(TABLES))
+def test_a_table_is_the_one_in_its_result_file(name):
+    found = re.search(rf"<!-- {name}: begin -->\n(.*?)<!-- {name}: end -->", README, re.DOTALL).group(1)
+    assert found == (ROOT / TABLES[name]).read_text()
+
+
+def test_every_file_the_readme_names_exists():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+    for name in re.findall(r"\b(\w+\.py)\b", README):
+        assert (ROOT / "idp_peft" / name).exists(), name
+    for module in (ROOT / "idp_peft").glob("*.py"):
+        assert module.name in README or module.name == "__init__.py", f"{module.name} is not in the README's tree"
+
+
+def test_the_readme_is_under_ten_kilobytes():
+    assert len(README.encode()) < 10_240
