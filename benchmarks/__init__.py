@@ -1,0 +1,1 @@
+"""What the repository measures; every number printed or plotted comes from a file in some `results/` folder here."""
