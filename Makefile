@@ -14,7 +14,7 @@ TEST_ENV := $(VENV)/.test-ready
 DEMO_ENV := $(VENV)/.demo-ready
 endif
 
-.PHONY: demo test lint
+.PHONY: demo test test-oldest lint
 
 # The two MALLOC settings spare page faults while training.
 demo: $(DEMO_ENV)
@@ -24,18 +24,26 @@ test: $(TEST_ENV)
 	$(PY) -m ruff check .
 	$(PY) -m pytest -n 2
 
+# The oldest versions that pyproject.toml admits.
+test-oldest: $(VENV)-oldest/.test-ready
+	$(VENV)-oldest/bin/python -m pytest -n 2
+
 lint: $(TEST_ENV)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
 # Without a GPU, torch must be a CPU build: the plain one brings gigabytes of CUDA. pip finds a CPU build where the
 # machine is set up for one; else uv, which knows where they are, gets it.
-$(VENV)/.torch-ready:
-	$(PYTHON) -m venv $(VENV)
+%/.torch-ready:
+	$(PYTHON) -m venv $*
 	if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi > /dev/null; then \
-	  $(VENV)/bin/pip install -q "torch==$(CPU_TORCH)+cpu" 2> /dev/null || \
-	  { $(VENV)/bin/pip install -q uv && \
-	    $(VENV)/bin/uv pip install --python $(VENV)/bin/python --torch-backend cpu "torch>=$(CPU_TORCH)"; }; \
+	  $*/bin/pip install -q "torch==$(CPU_TORCH)+cpu" 2> /dev/null || \
+	  { $*/bin/pip install -q uv && \
+	    $*/bin/uv pip install --python $*/bin/python --torch-backend cpu "torch>=$(CPU_TORCH)"; }; \
 	fi
+	touch $@
+
+$(VENV)-oldest/.test-ready: $(VENV)-oldest/.torch-ready pyproject.toml tests/oldest.txt
+	$(VENV)-oldest/bin/pip install -q -e ".[test]" -c tests/oldest.txt
 	touch $@
 
 $(VENV)/.test-ready: $(VENV)/.torch-ready pyproject.toml
