@@ -9,7 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-TABLES = {"demo": "benchmarks/demo/results/demo.md", "matrix": "benchmarks/compatibility/results/matrix.md"}
+TABLES = {
+    "demo": "benchmarks/demo/results/demo.md",
+    "latency": "benchmarks/latency/results/latency.md",
+    "matrix": "benchmarks/compatibility/results/matrix.md",
+}
 
 
 @pytest.mark.parametrize("name", list(TABLES))
