@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
@@ -12,21 +14,25 @@ from idp_peft.config import IDPConfig
 _KEY_END = "idp.idp_prompts.weight"
 
 
-def check_folder(folder: str, config: IDPConfig, width: int) -> None:
-    """Check the weights file of a local adapter folder; a folder without one is not our business.
+def check_weights(source: str, subfolder: str | None, hub_arguments: dict, config: IDPConfig, width: int) -> None:
+    """Check the weights file beside a config, in a folder or on the Hub (from where PEFT's own loader gets it next).
+
+    A folder or repository without weights, and a Hub that cannot be reached, are left to that loader.
 
     Args:
-        folder (`str`): where `adapter_config.json` was read.
-        config (`IDPConfig`): that config.
+        source (`str`): a folder or a Hub id.
+        subfolder (`str`, *optional*): where in it.
+        hub_arguments (`dict`): further arguments of `hf_hub_download` (`revision`, `token`, ...).
+        config (`IDPConfig`): the config.
         width (`int`): d, the width of the base's input embeddings.
 
     Raises:
         `ValueError`: for a pickled or truncated file, missing or unexpected keys, or another shape.
     """
-    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-    if not os.path.exists(path):
-        pickled = os.path.join(folder, WEIGHTS_NAME)
-        if os.path.exists(pickled):
+    path = _find(source, subfolder, hub_arguments, SAFETENSORS_WEIGHTS_NAME)
+    if path is None:
+        pickled = _find(source, subfolder, hub_arguments, WEIGHTS_NAME)
+        if pickled is not None:
             raise ValueError(
                 f"IDP adapters are safetensors files: {pickled} is pickled and could run code when loaded; ask for "
                 f"{SAFETENSORS_WEIGHTS_NAME}"
@@ -38,7 +44,19 @@ def check_folder(folder: str, config: IDPConfig, width: int) -> None:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read and may be truncated: {error}") from error
-    check_shapes(shapes, config, width, path)
+    check_shapes(shapes, config, width, str(path))
+
+
+def _find(source: str, subfolder: str | None, hub_arguments: dict, name: str) -> str | None:
+    """The path of a file of an adapter, downloaded where it lies on the Hub; `None` where there is none to be had."""
+    folder = os.path.join(source, subfolder or "")
+    if os.path.isdir(folder):
+        path = os.path.join(folder, name)
+        return path if os.path.exists(path) else None
+    try:
+        return hf_hub_download(source, name, subfolder=subfolder, **hub_arguments)
+    except (EntryNotFoundError, HfHubHTTPError, OSError):
+        return None
 
 
 def check_shapes(shapes: dict[str, tuple[int, ...]], config: IDPConfig, width: int, source: str) -> None:

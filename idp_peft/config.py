@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -187,12 +186,11 @@ class IDPConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
-        """Load a config from a folder or the Hub; a local folder is remembered, so that its weights can be checked
-        before a model is touched (see `checkpoint.py`)."""
+        """Load a config from a folder or the Hub. Where it came from is remembered, so that the weights beside it can be
+        checked before a model is touched (see `checkpoint.py`)."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        if os.path.isdir(folder):
-            config._checkpoint_folder = folder
+        hub_arguments, *_ = cls._split_kwargs(kwargs)
+        config._came_from = (str(pretrained_model_name_or_path), subfolder, hub_arguments)
         return config
 
 

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from idp_peft.call import undisturbed
-from idp_peft.checkpoint import check_folder, check_shapes
+from idp_peft.checkpoint import check_shapes, check_weights
 from idp_peft.config import IDPConfig
 from idp_peft.decoder import embedding_width, find_blocks, find_decoder, has_alibi
 from idp_peft.generation import generate
@@ -72,9 +72,9 @@ class IDPModel(BaseTuner):
                 f"`selection_layer` must be 0 on {decoder.config.model_type!r}, a model with ALiBi, got "
                 f"{config.selection_layer}: its deeper layers cannot be shown all prompts at their own distances"
             )
-        folder = getattr(config, "_checkpoint_folder", None)
-        if folder is not None:
-            check_folder(folder, config, embedding_width(model.get_input_embeddings()))
+        came_from = getattr(config, "_came_from", None)
+        if came_from is not None:
+            check_weights(*came_from, config, embedding_width(model.get_input_embeddings()))
 
     def _prepare_adapter_config(self, peft_config: IDPConfig, model_config: dict) -> IDPConfig:
         self._check(self.model, peft_config)  # `add_adapter` comes here without `_pre_injection_hook`

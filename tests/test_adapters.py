@@ -379,6 +379,51 @@ def test_a_file_that_does_not_fit_is_named_and_the_model_left_as_it_was(saved, d
     as_it_was(model, expected)
 
 
+@pytest.fixture
+def hub(saved, monkeypatch):
+    """A Hub with one repository, `someone/adapter`, whose files are the saved folder's."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    _, base, folder = saved
+
+    def download(repo, filename, subfolder=None, **_):
+        assert repo == "someone/adapter"
+        path = folder / filename
+        if not path.exists():
+            raise EntryNotFoundError(filename)
+        return str(path)
+
+    for module in ("peft.config", "idp_peft.checkpoint", "peft.utils.save_and_load"):
+        monkeypatch.setattr(f"{module}.hf_hub_download", download)
+    monkeypatch.setattr(
+        "peft.utils.save_and_load.file_exists", lambda repo_id, filename, **_: (folder / filename).exists()
+    )
+    return base, folder
+
+
+def test_a_hub_adapter_loads(hub, saved):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(hub[0]), "someone/adapter")
+    assert torch.equal(logits(model), logits(saved[0]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_truncate, "may be truncated"),
+        (damage_missing, "has no prompts"),
+        (damage_pickle, "is pickled and could run"),
+    ],
+)
+def test_a_hub_adapter_that_does_not_fit_leaves_the_model_as_it_was(hub, damage, message):
+    base, folder = hub
+    damage(folder)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    expected = logits(model)
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(model, "someone/adapter")
+    as_it_was(model, expected)
+
+
 @pytest.mark.parametrize("damage", [damage_truncate, damage_lengths])
 def test_transformers_own_loader_raises_its_own_error_for_a_file_that_does_not_fit(saved, damage):
     _, base, folder = saved
