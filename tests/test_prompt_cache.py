@@ -41,6 +41,27 @@ def test_it_is_computed_once_for_any_number_of_requests(make, computed):
     assert len(computed) == 1
 
 
+def test_frequencies_that_a_model_writes_into_itself_do_not_make_it_stale(make, computed):
+    model = make("phi3_longrope")
+    for length in (3, 6, 5):
+        run(model, token_batch([length])[0])
+    assert len(computed) == 1
+
+
+@pytest.mark.parametrize(("new_tokens", "prompt_is_run"), [(3, False), (60, True)])
+def test_left_padding_runs_the_prompt_again_only_if_the_window_will_fill_up(make, new_tokens, prompt_is_run):
+    model = make("mistral")  # a window of 60
+    ids, mask = token_batch([4, 9])
+    model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=1)
+    seen = []
+    handle = (
+        model.get_base_model().model.layers[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    )
+    model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens)
+    handle.remove()
+    assert seen[0] == (13 if prompt_is_run else 9)
+
+
 @pytest.mark.parametrize("lengths", [[4, 4, 4], [2, 5, 3]])
 def test_its_size_is_the_formula(make, lengths):
     model = make("llama", num_prompts=3, num_virtual_tokens=lengths)
