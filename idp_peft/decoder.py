@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _POSITION_TABLES = ("wpe", "embed_positions")
+_BIDIRECTIONAL = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "megatron-bert")
 
 
 def find_decoder(model: nn.Module) -> nn.Module:
@@ -30,8 +31,8 @@ def find_decoder(model: nn.Module) -> nn.Module:
     decoder = model.get_decoder()
     if decoder is model or decoder is None or getattr(decoder, "config", None) is None:
         raise ValueError(f"IDP needs a causal language model with its head (AutoModelForCausalLM), got {name}")
-    if getattr(decoder.config, "is_decoder", True) is False and not getattr(model, "_is_stateful", False):
-        _refuse_bidirectional(model, decoder)
+    if decoder.config.model_type in _BIDIRECTIONAL and not decoder.config.is_decoder:
+        raise ValueError(f"IDP needs causal attention: {name} attends in both directions (`is_decoder=False`)")
     blocks = find_blocks(decoder)
     without = None if blocks is None else next((i for i, b in enumerate(blocks[1]) if find_attention(b) is None), None)
     if blocks is None or without is not None:
@@ -60,13 +61,6 @@ def _refuse_unknown_caches(decoder: nn.Module, name: str) -> None:
     for block in find_blocks(decoder)[1]:
         if not hasattr(getattr(block, find_attention(block)), "layer_idx"):
             raise ValueError(f"IDP needs attention modules that know their `layer_idx`, which those of {name} do not")
-
-
-def _refuse_bidirectional(model: nn.Module, decoder: nn.Module) -> None:
-    if decoder.config.model_type in ("bert", "roberta", "xlm-roberta", "electra", "camembert", "megatron-bert"):
-        raise ValueError(
-            f"IDP needs causal attention: {type(model).__name__} attends in both directions (`is_decoder=False`)"
-        )
 
 
 def find_blocks(decoder: nn.Module) -> tuple[str, nn.ModuleList] | None:

@@ -47,9 +47,6 @@ class IDPModel(BaseTuner):
 
     # ------------------------------------------------------------------ injection
 
-    def _pre_injection_hook(self, model: nn.Module, config: IDPConfig, adapter_name: str) -> None:
-        self._check(model, config)
-
     def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs) -> None:
         # Nothing to learn from a state dict: there is one place for the prompts.
         kwargs["state_dict"] = None
@@ -59,29 +56,27 @@ class IDPModel(BaseTuner):
             _remove_adapter(model, adapter_name)
             raise
 
-    def _check(self, model: nn.Module, config: IDPConfig) -> None:
-        """Everything that can be refused is refused here, before the model is touched."""
-        decoder = find_decoder(model)
-        layers = len(find_blocks(decoder)[1])
-        if not -layers <= config.selection_layer < layers:
-            raise ValueError(
-                f"`selection_layer` must be between {-layers} and {layers - 1} for this model, got {config.selection_layer}"
-            )
-        if has_alibi(decoder) and config.selection_layer % layers and config.selection == "attention":
-            raise ValueError(
-                f"`selection_layer` must be 0 on {decoder.config.model_type!r}, a model with ALiBi, got "
-                f"{config.selection_layer}: its deeper layers cannot be shown all prompts at their own distances"
-            )
-        came_from = getattr(config, "_came_from", None)
-        if came_from is not None:
-            check_weights(*came_from, config, embedding_width(model.get_input_embeddings()))
-
     def _prepare_adapter_config(self, peft_config: IDPConfig, model_config: dict) -> IDPConfig:
-        self._check(self.model, peft_config)  # `add_adapter` comes here without `_pre_injection_hook`
+        """Everything that can be refused is refused here, before the model is touched."""
+        decoder = find_decoder(self.model)
+        layers = len(find_blocks(decoder)[1])
+        layer = peft_config.selection_layer
+        if not -layers <= layer < layers:
+            raise ValueError(
+                f"`selection_layer` must be between {-layers} and {layers - 1} for this model, got {layer}"
+            )
+        if has_alibi(decoder) and layer % layers and peft_config.selection == "attention":
+            raise ValueError(
+                f"`selection_layer` must be 0 on {decoder.config.model_type!r}, a model with ALiBi, got {layer}: its deeper "
+                "layers cannot be shown all prompts at their own distances"
+            )
+        came_from = getattr(peft_config, "_came_from", None)
+        if came_from is not None:
+            check_weights(*came_from, peft_config, embedding_width(self.model.get_input_embeddings()))
         return peft_config
 
     def _check_target_module_exists(self, peft_config: IDPConfig, key: str) -> bool:
-        return self.model.get_submodule(key) is find_decoder(self.model)
+        return self.model.get_submodule(key) is self.model.get_decoder()
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -133,7 +128,7 @@ class IDPModel(BaseTuner):
     @property
     def layer(self) -> IDPLayer:
         """The child module that owns the banks."""
-        return getattr(find_decoder(self.model), _CHILD)
+        return getattr(self.model.get_decoder(), _CHILD)
 
     @property
     def last_selection(self) -> Selection | None:
