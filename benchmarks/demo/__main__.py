@@ -81,6 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     model.save_pretrained(options.adapter)
     reloaded = AutoPeftModelForCausalLM.from_pretrained(options.adapter, **repair.loading(options.damage))
     checks = {
+        "trainable_parameters": model.get_nb_trainable_parameters()[0],
         "base_unchanged": repair.fingerprint(model) == fingerprint == repair.fingerprint(reloaded),
         "reload_max_abs_difference": repair.logit_difference(model, reloaded, chunks[: options.batch_size]),
     }
