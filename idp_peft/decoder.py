@@ -95,6 +95,26 @@ def has_alibi(decoder: nn.Module) -> bool:
     return config.model_type in ("bloom", "mpt") or (config.model_type == "falcon" and bool(config.alibi))
 
 
+def check_selection_layer(decoder: nn.Module, layer: int, reads_attention: bool = True) -> None:
+    """Raise for a layer that cannot decide.
+
+    Args:
+        layer (`int`): as in `IDPConfig.selection_layer`, negative from the end.
+        reads_attention (`bool`): whether the choice reads that layer's attention at all.
+
+    Raises:
+        `ValueError`: outside the decoder, or above the first layer of a model with ALiBi.
+    """
+    layers = len(find_blocks(decoder)[1])
+    if not -layers <= layer < layers:
+        raise ValueError(f"`selection_layer` must be between {-layers} and {layers - 1} for this model, got {layer}")
+    if reads_attention and has_alibi(decoder) and layer % layers:
+        raise ValueError(
+            f"`selection_layer` must be 0 on {decoder.config.model_type!r}, a model with ALiBi, got {layer}: its deeper "
+            "layers cannot be shown all prompts at their own distances"
+        )
+
+
 def distances_from_slots(decoder: nn.Module, slots: int | None) -> bool:
     """Whether the decoder measures some distance in cache slots, padding included: an ALiBi bias built from the length
     (MPT), or a sliding window that `slots` slots fill.

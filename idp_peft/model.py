@@ -11,7 +11,7 @@ from torch import nn
 from idp_peft.call import undisturbed
 from idp_peft.checkpoint import check_shapes, check_weights
 from idp_peft.config import IDPConfig
-from idp_peft.decoder import embedding_width, find_blocks, find_decoder, has_alibi
+from idp_peft.decoder import check_selection_layer, embedding_width, find_decoder
 from idp_peft.generation import generate
 from idp_peft.layer import IDPLayer
 from idp_peft.prompt_bank import text_token_ids
@@ -59,17 +59,7 @@ class IDPModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: IDPConfig, model_config: dict) -> IDPConfig:
         """Everything that can be refused is refused here, before the model is touched."""
         decoder = find_decoder(self.model)
-        layers = len(find_blocks(decoder)[1])
-        layer = peft_config.selection_layer
-        if not -layers <= layer < layers:
-            raise ValueError(
-                f"`selection_layer` must be between {-layers} and {layers - 1} for this model, got {layer}"
-            )
-        if has_alibi(decoder) and layer % layers and peft_config.selection == "attention":
-            raise ValueError(
-                f"`selection_layer` must be 0 on {decoder.config.model_type!r}, a model with ALiBi, got {layer}: its deeper "
-                "layers cannot be shown all prompts at their own distances"
-            )
+        check_selection_layer(decoder, peft_config.selection_layer, peft_config.selection == "attention")
         came_from = getattr(peft_config, "_came_from", None)
         if came_from is not None:
             check_weights(*came_from, peft_config, embedding_width(self.model.get_input_embeddings()))

@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, DynamicCache
 
-from idp_peft.decoder import find_attention, find_blocks, forward_parameters, has_alibi, uses_interface
+from idp_peft.decoder import check_selection_layer, find_attention, find_blocks, forward_parameters, uses_interface
 from idp_peft.prompt_cache import PromptCache
-from idp_peft.selection import AttentionLayer, BlockMask, attention_on_prompts
+from idp_peft.selection import AttentionLayer, BlockMask, attention_on_prompts, sum_by_prompt
 
 _IMPLEMENTATION = "idp_probe"
 _HOOK_TABLES = (
@@ -81,14 +81,10 @@ def attention_at_layer(
         inputs = {name: _gather(value, order) for name, value in inputs.items()}
         mask = BlockMask(prompt_cache.lengths, attention_mask.gather(1, order))
         return _gather(_combine_separate_runs(decoder, mask, prompt_cache, inputs), order.argsort(dim=1))
-    if has_alibi(decoder):
-        raise ValueError(
-            f"`selection_layer` must be 0 on {decoder.config.model_type!r}, a model with ALiBi, got {layer}: its deeper "
-            "layers cannot be shown all prompts at their own distances"
-        )
+    check_selection_layer(decoder, layer)
     cache = prompt_cache.side_by_side(len(attention_mask), layer + 1)
-    weights = _run(decoder, layer, mask, inputs, cache, mask.input_positions(), "eager").mean(1)  # [B, n, S+n]
-    return torch.stack([part.sum(-1) for part in weights[..., : mask.prompt_tokens].split(mask.lengths, -1)], dim=-1)
+    weights = _run(decoder, layer, mask, inputs, cache, mask.input_positions(), "eager")  # [B, H, n, S+n]
+    return sum_by_prompt(weights.mean(1), mask)
 
 
 def _gather(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,13 @@ class PromptBank(nn.Embedding):
         slots = torch.arange(self.max_length, device=device)  # [K]
         if align == "left":
             return starts + torch.minimum(slots, lengths - 1)
-        return starts + (slots - (self.max_length - lengths)).clamp(min=0)
+        return starts + self.token_in_slot(device)
+
+    def token_in_slot(self, device: torch.device) -> torch.Tensor:
+        """int64 `[M, K]`: which of its own tokens stands in slot j of right-aligned prompt i (0 before a shorter one)."""
+        slots = torch.arange(self.max_length, device=device)
+        lengths = torch.tensor(self.lengths, device=device)
+        return (slots - (self.max_length - lengths[:, None])).clamp(min=0)
 
     def real_slots(self, device: torch.device) -> torch.Tensor:
         """bool `[M, K]`: the slots of right-aligned prompts that hold a token of their own."""

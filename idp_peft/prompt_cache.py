@@ -109,7 +109,7 @@ def compute_prompt_cache(
         use_cache=True,
         **({"position_ids": positions} if "position_ids" in forward_parameters(type(decoder)) else {}),
     )
-    source = (slots - (longest - lengths[:, None])).clamp(min=0)  # [M, K], the row that belongs into each slot
+    source = bank.token_in_slot(device)  # [M, K], the row that belongs into each slot
     equal = len(set(bank.lengths)) == 1
 
     def place(tensor: torch.Tensor) -> torch.Tensor:

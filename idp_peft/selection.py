@@ -131,9 +131,14 @@ def attention_on_prompts(
     for start in range(0, tokens, chunk):
         stop = min(start + chunk, tokens)
         weights = layer.probabilities(query[:, :, start:stop], key, mask.visible(start, stop, layer.window))
-        on_prompts = weights[..., : mask.prompt_tokens].mean(1)  # [B, q, S]
-        shares.append(torch.stack([part.sum(-1) for part in on_prompts.split(mask.lengths, -1)], dim=-1))
+        shares.append(sum_by_prompt(weights.mean(1), mask))
     return torch.cat(shares, dim=1)
+
+
+def sum_by_prompt(attention: torch.Tensor, mask: BlockMask) -> torch.Tensor:
+    """Attention on each prompt, summed over its tokens: `[batch, q, S+n]` to `[batch, q, M]`."""
+    on_prompts = attention[..., : mask.prompt_tokens].split(mask.lengths, dim=-1)
+    return torch.stack([part.sum(-1) for part in on_prompts], dim=-1)
 
 
 def scores_from_attention(
