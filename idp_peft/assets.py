@@ -108,15 +108,15 @@ def c4_documents() -> list[str]:
     return [line.strip() for line in fetch(C4).read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
-    """Cut documents, in their order, into `(train, held_out)` where 80 % of the characters are reached.
+def split_documents(documents: list[str], share: float = _TRAIN_SHARE) -> tuple[list[str], list[str]]:
+    """Cut documents, in their order, into `(train, held_out)` where `share` (80 %) of the characters are reached.
 
     By characters and not by count: the default text ends in hundreds of one-line articles on sea snails, so the last
     fifth of its articles is a tenth of the text and nearly a single topic.
     """
     total, seen = sum(map(len, documents)), 0
     for index, document in enumerate(documents):
-        if seen >= _TRAIN_SHARE * total:
+        if seen >= share * total:
             return documents[:index], documents[index:]
         seen += len(document)
     return documents, []

