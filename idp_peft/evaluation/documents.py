@@ -1,0 +1,153 @@
+"""Perplexity of documents over real tokens only, window by window, the same for every kind of model.
+
+The first `window - stride` tokens of a window are context: read, not scored, and all that an IDP model's choice may
+read. Prompt positions have no logits, so they never enter a mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import torch
+from tqdm.auto import tqdm
+
+from idp_peft.evaluation.prompted import check_prompt_id, idp_layer, input_logits, num_prompts, pad_right
+from idp_peft.evaluation.windows import Window, check_window, cut
+
+
+def score_documents(
+    model,
+    tokenizer,
+    texts: list[str],
+    window: int = 256,
+    stride: int = 192,
+    batch_size: int = 4,
+    prompt_id: int | None = None,
+    ids: list[str] | None = None,
+    each_prompt: bool = False,
+) -> dict:
+    """Negative log-likelihood of each document, and the perplexity over all their scored tokens.
+
+    Args:
+        model: any causal language model, with or without an adapter.
+        tokenizer: its tokenizer; a beginning-of-sequence token that it adds stands before every window.
+        texts (`list[str]`): the documents. One with no token after its first context is left out.
+        window (`int`, defaults to `256`): tokens of a window, at least 2.
+        stride (`int`, defaults to `192`): tokens scored at the end of a window, from 1 to `window`. With
+            `stride == window` there is no context, and IDP's choice reads the scored window itself.
+        batch_size (`int`, defaults to `4`): windows per forward pass.
+        prompt_id (`int`, *optional*): force this prompt of an IDP model (-1: none); by default it chooses.
+        ids (`list[str]`, *optional*): names of the documents; by default their numbers.
+        each_prompt (`bool`): score with every prompt of the bank forced as well (`nats_by_prompt`).
+
+    Returns:
+        `dict`: `window`, `stride`, `nats_per_token`, `perplexity`, `selection_reads` (`"context"` or `"window"`) and `items`,
+        one per document: `id`, `nats` (summed), `tokens`, `prompt` (the one chosen for most of its windows, the lowest
+        in a tie; `None` without a choice), and where its windows chose different ones, all of them as `prompts`.
+
+    Raises:
+        `ValueError`: for a wrong window or stride, a prompt that there is not, or texts with nothing to score.
+    """
+    check_window(window, stride)
+    check_prompt_id(model, prompt_id)
+    windows = cut_texts(tokenizer, texts, window, stride)
+    reads_window = stride == window
+    nats, prompts = _score(model, windows, batch_size, reads_window, prompt_id, "perplexity")
+    names = ids if ids is not None else [str(number) for number in range(len(texts))]
+    items = _items(windows, names, nats, prompts)
+    if each_prompt and (num_prompts(model) or 1) > 1:
+        for forced in range(num_prompts(model)):
+            again, _ = _score(model, windows, batch_size, reads_window, forced, f"perplexity, prompt {forced}")
+            for item, other in zip(items, _items(windows, names, again, None), strict=True):
+                item.setdefault("nats_by_prompt", []).append(other["nats"])
+    mean = sum(item["nats"] for item in items) / sum(item["tokens"] for item in items)
+    return {
+        "window": window,
+        "stride": stride,
+        "nats_per_token": mean,
+        "perplexity": math.exp(mean),
+        "selection_reads": "window" if reads_window else "context",
+        "items": items,
+    }
+
+
+def cut_texts(tokenizer, texts: list[str], window: int, stride: int) -> list[Window]:
+    """Windows of all documents, in their order.
+
+    Raises:
+        `ValueError`: where no document has a token to score.
+    """
+    bos = tokenizer.bos_token_id
+    front = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    windows = [part for number, ids in enumerate(encoded) for part in cut(number, ids, window, stride, front)]
+    if not windows:
+        longest = max(map(len, encoded), default=0)
+        raise ValueError(
+            f"no text has a token to score: with window={window} and stride={stride} it must be longer than "
+            f"{max(window - stride, 1) - len(front)} tokens, the longest of {len(texts)} has {longest}"
+        )
+    return windows
+
+
+def _score(
+    model, windows: list[Window], batch_size: int, reads_window: bool, prompt_id: int | None, description: str
+) -> tuple[list[float], list[int] | None]:
+    """Summed negative log-likelihood of each window and its prompt (`None`: a model that has none)."""
+    order = sorted(range(len(windows)), key=lambda index: -len(windows[index].tokens))
+    nats, prompts = [0.0] * len(windows), [-1] * len(windows)
+    layer, was_training = idp_layer(model), model.training
+    model.eval()
+    try:
+        for start in tqdm(range(0, len(order), batch_size), desc=description):
+            batch = order[start : start + batch_size]
+            scores, chosen = _score_batch(model, layer, [windows[index] for index in batch], reads_window, prompt_id)
+            for row, index in enumerate(batch):
+                nats[index] = scores[row]
+                prompts[index] = chosen[row] if chosen else -1
+    finally:
+        model.train(was_training)
+    return nats, None if layer is None else prompts
+
+
+def _score_batch(
+    model, layer, windows: list[Window], reads_window: bool, prompt_id: int | None
+) -> tuple[list[float], list[int] | None]:
+    ids, mask = pad_right([part.tokens for part in windows], model.device)
+    scored = mask.bool()
+    for row, part in enumerate(windows):
+        scored[row, : part.context] = False
+    idp = {}
+    if layer is not None and prompt_id is not None:
+        idp["prompt_ids"] = torch.full((len(windows),), prompt_id)
+    elif layer is not None:
+        idp["selection_mask"] = mask.bool() if reads_window else mask.bool() & ~scored
+    logits = input_logits(model, ids, mask, **idp)  # [B, n, V]
+    nats = []
+    for row in range(len(windows)):
+        targets = ids[row][scored[row]]  # [scored]
+        predictions = logits[row, :-1][scored[row, 1:]].float()  # [scored, V]
+        losses = torch.nn.functional.cross_entropy(predictions, targets, reduction="none")
+        nats.append(float(losses.double().sum()))
+    return nats, None if layer is None else layer.last_selection.prompt_ids.tolist()
+
+
+def _items(windows: list[Window], names: list[str], nats: list[float], prompts: list[int] | None) -> list[dict]:
+    """One item per document, from its windows."""
+    items: dict[int, dict] = {}
+    chosen: dict[int, list[int]] = {}
+    for index, part in enumerate(windows):
+        item = items.setdefault(
+            part.document, {"id": str(names[part.document]), "nats": 0.0, "tokens": 0, "prompt": None}
+        )
+        item["nats"] += nats[index]
+        item["tokens"] += len(part.tokens) - part.context
+        if prompts is not None:
+            chosen.setdefault(part.document, []).append(prompts[index])
+    for document, of_windows in chosen.items():
+        counts = Counter(of_windows)
+        items[document]["prompt"] = min(counts, key=lambda prompt: (-counts[prompt], prompt))
+        if len(counts) > 1:
+            items[document]["prompts"] = of_windows
+    return list(items.values())

@@ -1,0 +1,53 @@
+"""Everything that is measured of one model: perplexity on a text, and tasks."""
+
+from __future__ import annotations
+
+from idp_peft.evaluation.documents import score_documents
+from idp_peft.evaluation.task_scores import sample_indices, score_tasks
+
+
+def evaluate_model(
+    model,
+    tokenizer,
+    *,
+    texts: list[str] | None = None,
+    dataset: str = "text",
+    tasks=(),
+    limit: int | None = None,
+    seed: int = 0,
+    window: int = 256,
+    stride: int = 192,
+    batch_size: int = 4,
+    each_prompt: bool = False,
+) -> dict:
+    """Measure a model that is in memory.
+
+    Args:
+        model: any causal language model: dense, compressed, or with an adapter.
+        tokenizer: its tokenizer.
+        texts (`list[str]`, *optional*): documents for perplexity; left out: not measured.
+        dataset (`str`, defaults to `"text"`): what to call them in the result.
+        tasks (`list[str]` or comma-separated `str`): local tasks, the harness's own, or `all_local`.
+        limit (`int`, *optional*): at most so many documents, and questions of each task, drawn by `seed`; the same ones
+            for every model.
+        window, stride, batch_size, each_prompt: see `score_documents` and `score_tasks`.
+
+    Returns:
+        `dict`: `perplexity` (by `dataset`) and `tasks` (by name).
+    """
+    perplexity = {}
+    if texts is not None:
+        chosen = sample_indices(len(texts), limit, seed, dataset)
+        chosen = list(range(len(texts))) if chosen is None else chosen
+        perplexity[dataset] = score_documents(
+            model,
+            tokenizer,
+            [texts[index] for index in chosen],
+            window,
+            stride,
+            batch_size,
+            ids=[str(index) for index in chosen],
+            each_prompt=each_prompt,
+        )
+    scores = score_tasks(model, tokenizer, tasks, limit, seed, batch_size, each_prompt) if tasks else {}
+    return {"perplexity": perplexity, "tasks": scores}
