@@ -20,8 +20,9 @@ class TaskScore:
     """What one question's score means.
 
     Args:
-        metric (`str`): the metric of record. `acc_norm` (likelihood per character) where choices are phrases of
-            different lengths, as leaderboards do; `acc` where they are not; `exact_match` where the answer is open.
+        metric (`str`): the metric of record: `acc_norm` (likelihood per character) where choices are sentences,
+            `acc` where they are short, `exact_match` where the answer is open. The choice of OLMo's evaluations and of
+            most compression papers; a result holds every metric of the task.
         chance (`float`, *optional*): what guessing scores; `None` where it is not known.
     """
 
@@ -31,9 +32,9 @@ class TaskScore:
 
 # ARC has a few questions with three or five choices. Always answering yes scores 0.622 on BoolQ.
 SCORES = {
-    "arc_easy": TaskScore("acc_norm", 0.25),
+    "arc_easy": TaskScore("acc", 0.25),
     "arc_challenge": TaskScore("acc_norm", 0.25),
-    "sciq": TaskScore("acc_norm", 0.25),
+    "sciq": TaskScore("acc", 0.25),
     "hellaswag": TaskScore("acc_norm", 0.25),
     "piqa": TaskScore("acc_norm", 0.5),
     "winogrande": TaskScore("acc", 0.5),
