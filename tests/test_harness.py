@@ -165,14 +165,18 @@ def test_an_over_long_question_is_cut_at_the_left_for_the_answer_and_for_the_cho
     model, draw = make("llama"), random.Random(5)
     lm = HarnessModel(model, tokenizer())
     assert lm.max_length == 64 - 4  # the prompt takes its positions
-    context = words(80, draw)
-    choices = [" " + words(n, draw) for n in (1, 7)]
-    answers = lm.loglikelihood([request(0, i, context, c) for i, c in enumerate(choices)], disable_tqdm=True)
-    prompt = chosen_alone(model, ids(context)[80 + 7 - 61 :])  # what both choices still have in common
-    assert lm.prompts == {("t", 0): prompt}
-    for choice, (score, _) in zip(choices, answers, strict=True):
-        kept = ids(context)[80 + len(ids(choice)) - 61 :]
-        assert abs(score - alone(model, kept, ids(choice), prompt_ids=torch.tensor([prompt]))) < 1e-4
+    whole = set()
+    for question in range(8):
+        context, choices = words(150, draw), [" " + words(n, draw) for n in (1, 7)]
+        requests = [request(question, i, context, choice) for i, choice in enumerate(choices)]
+        answers = lm.loglikelihood(requests, disable_tqdm=True)
+        prompt = lm.prompts["t", question]
+        assert prompt == chosen_alone(model, ids(context)[150 + 7 - 61 :])  # what both choices still have in common
+        whole.add(prompt == chosen_alone(model, ids(context)))
+        for choice, (score, _) in zip(choices, answers, strict=True):
+            kept = ids(context)[150 + len(ids(choice)) - 61 :]
+            assert abs(score - alone(model, kept, ids(choice), prompt_ids=torch.tensor([prompt]))) < 1e-4
+    assert False in whole  # what was cut off would have changed a choice
 
 
 @pytest.mark.parametrize("kind", ["lora", "prompt_tuning", "prefix_tuning"])

@@ -162,6 +162,17 @@ def test_names_of_tasks():
     assert check_tasks("arc_easy") == ["arc_easy"]
 
 
+def test_a_missing_harness_names_the_extra(monkeypatch):
+    import sys
+
+    from idp_peft.evaluation.task_loading import check_tasks
+
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ImportError, match=r"need lm-evaluation-harness: pip install 'idp-peft\[eval\]'"):
+        check_tasks("local_piqa")
+    assert check_tasks(None) == []
+
+
 def test_a_task_of_the_hub_that_cannot_be_reached_is_one_line_with_the_local_one(monkeypatch):
     from lm_eval.tasks import TaskManager
 
