@@ -244,6 +244,16 @@ def test_nothing_is_called_better_or_made_bold_where_models_are_alike(tmp_path):
     assert "No difference seen between IDP and LoRA" in markdown(made)
 
 
+def test_with_many_models_the_summary_groups_what_was_seen(tmp_path):
+    files = [result(m, documents=20, task_count=0) for m in MODELS]
+    files += [result("LoRA", documents=20, task_count=0, label=f"LoRA {i}") for i in range(3)]
+    page = Page(write_report(write(tmp_path, *files), tmp_path / "out").read_text(encoding="utf-8"))
+    summary = page.text.split("Models")[0]
+    assert "IDP is better than compressed" in summary
+    assert "LoRA 2 is better than compressed." in summary
+    assert "nats per token" not in summary
+
+
 def test_a_winner_has_beaten_every_other_row(tmp_path):
     made = statistics(*(result(label) for label in MODELS), folder=tmp_path)
     comparisons = made["texts"][TEXT]["comparisons"]

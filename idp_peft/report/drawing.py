@@ -21,6 +21,7 @@ STYLE = {
     "svg.hashsalt": "idp-peft",  # with no date in the file, the same results give the same bytes
     "text.parse_math": False,  # a label with dollar signs is a label, not a formula
     "figure.constrained_layout.use": True,
+    "figure.constrained_layout.h_pad": 0.12,  # inches, so that a title does not touch the axis above it
 }
 _WIDTH = 8.0  # inches
 
@@ -75,9 +76,10 @@ def legend(axis, analysis: Analysis, labels: list[str], lines: bool = False) -> 
     handles = [
         Line2D([], [], linestyle=look["line"] if lines else "-", linewidth=1.6, **marker(look)) for look in looks
     ]
+    names = [short(label) for label in labels]
+    columns = max(1, min(4, len(names), 90 // (max(map(len, names)) + 9)))  # characters of a line, and of a handle
     axis.legend(
-        handles, [short(label) for label in labels], loc="lower left", bbox_to_anchor=(0, 1.01), ncols=min(4, len(labels)), frameon=False,
-        handlelength=3.2, borderaxespad=0,
+        handles, names, loc="lower left", bbox_to_anchor=(0, 1.01), ncols=columns, frameon=False, handlelength=3.2, borderaxespad=0,
     )  # fmt: skip
 
 

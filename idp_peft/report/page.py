@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 
 from idp_peft.report.analysis import MEAN, Analysis
@@ -27,6 +28,7 @@ thead th { border-bottom: 2px solid #1a1a1a; vertical-align: bottom; }
 th:first-child { text-align: left; max-width: 16rem; }
 tbody th { font-weight: 400; }
 .words th, .words td { text-align: left; } .words th:last-child, .words td:last-child { text-align: right; }
+.whole { white-space: nowrap; }
 .choices td { white-space: nowrap; }
 ul { padding-left: 1.25rem; margin: .5rem 0; } li { margin: .2rem 0; }
 .small { font-size: .85rem; color: #333; }
@@ -35,10 +37,11 @@ figcaption { font-size: .9rem; color: #333; }
 dt { font-weight: 600; margin-top: .5rem; } dd { margin: 0 0 0 1.25rem; }
 @page { margin: 15mm; }
 @media print { body { font-size: 10pt; max-width: none; padding: 0; } .scroll { overflow: visible; }
-  table { font-size: 8pt; } th, td { padding: .2rem .35rem; } tr, li { break-inside: avoid; }
+  table { font-size: 8pt; } .tasks .whole { white-space: normal; } th, td { padding: .2rem .35rem; } tr, li { break-inside: avoid; }
   thead { display: table-header-group; } h1, h2, caption { break-after: avoid; } }
 """
 
+_MOST_SENTENCES = 6  # of one text in the summary; with more models, groups are read more easily
 _WORDS = (
     ("dense, compressed, recovered", "the original model; the compressed one; the compressed one with an adapter."),
     (
@@ -115,10 +118,24 @@ def _summary(analysis: Analysis) -> str:
 def _key_sentences(place: str, comparisons: list[Comparison], is_text: bool) -> list[str]:
     """A sentence for each difference that was seen, and one for all the others; choices have their own section."""
     compared = [comparison for comparison in comparisons if comparison.kind != "choice"]
+    if len(compared) > _MOST_SENTENCES:
+        return [f"{place}: {line}" for line in _grouped(compared)]
     seen = [comparison for comparison in compared if comparison.verdict != "no difference seen"]
     lines = [f"{place}: {sentence(comparison, is_text)}" for comparison in seen]
     others = [f"{c.left} and {c.right}" for c in compared if c not in seen]
     return lines + ([f"{place}: no difference seen between {', '.join(others)}."] if others else [])
+
+
+def _grouped(comparisons: list[Comparison]) -> list[str]:
+    """One line per model, without the numbers, which stand under the tables."""
+    lines: dict[str, dict[str, list[str]]] = {}
+    for comparison in comparisons:
+        lines.setdefault(comparison.left, {}).setdefault(comparison.verdict, []).append(comparison.right)
+    words = {"better": "is better than", "worse": "is worse than", "no difference seen": "shows no difference to"}
+    return [
+        f"{left} " + "; ".join(f"{words[verdict]} {', '.join(rights)}" for verdict, rights in groups.items()) + "."
+        for left, groups in lines.items()
+    ]
 
 
 def _models(statistics: dict) -> str:
@@ -145,7 +162,7 @@ def _table(table: Table) -> str:
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
     rows = []
     for i, row in enumerate(table.rows):
-        cells = [escape(cell) for cell in row]
+        cells = [_flowing(cell) for cell in row]
         cells = [f"<strong>{cell}</strong>" if (i, j) in table.strong else cell for j, cell in enumerate(cells)]
         rows.append(
             f'<tr><th scope="row">{cells[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in cells[1:]) + "</tr>"
@@ -163,4 +180,10 @@ def _figure(figure: Figure) -> str:
 
 def _list(lines: list[str], css_class: str = "") -> str:
     attribute = f' class="{css_class}"' if css_class else ""
-    return f"<ul{attribute}>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+    return f"<ul{attribute}>" + "".join(f"<li>{_flowing(line)}</li>" for line in lines) + "</ul>"
+
+
+def _flowing(text: str) -> str:
+    """Escaped text in which no line breaks inside an interval or a p-value."""
+    whole = r"(\[[-+\d.,]+ [-+\d.,]+\]|p (?:=|&lt;) [\d.]*\d)"
+    return re.sub(whole, r'<span class="whole">\1</span>', escape(text))

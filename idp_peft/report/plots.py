@@ -195,7 +195,7 @@ def prompt_shares(analysis: Analysis) -> Figure | None:
         axis.set_title(short(label), loc="left", fontsize=11)
     axes[-1].set_xlabel("prompt")
     words = [
-        f"{label} on {n}: " + ", ".join(f"prompt {i} {share:.0f} %" for i, share in enumerate(row))
+        f"{label} on {n}: prompt {row.argmax()} most often, {row.max():.0f} %"
         for label, rows in tables.items()
         for n, row in rows.items()
     ]
