@@ -14,6 +14,8 @@ import pytest
 
 import idp_peft.report as report_package
 from idp_peft.report import analyse, read_results, write_report
+from idp_peft.report.bootstrap import Estimate
+from idp_peft.report.comparisons import Comparison, correct
 from idp_peft.report.markdown import markdown
 from idp_peft.report.tables import confirmed_winner, tables
 from tests.report_files import MODELS, five, result, write
@@ -275,6 +277,7 @@ def test_accuracies_are_tested_by_mcnemar_and_corrected_over_the_table(tmp_path)
     tests = {c.right: c.test for c in all_tasks}
     assert tests["compressed"] == tests["LoRA"] == "McNemar, exact"
     assert tests["random choice (expected)"] == "paired bootstrap"
+    assert all((c.verdict == "no difference seen") == (c.p_holm >= 0.05) for c in all_tasks)
     smallest = min(all_tasks, key=lambda c: c.p)
     assert smallest.p_holm == pytest.approx(min(1, len(all_tasks) * smallest.p))
 
@@ -322,3 +325,10 @@ def test_matplotlib_is_imported_only_where_it_draws():
     for path in Path(report_package.__file__).parent.glob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             assert "matplotlib" not in ast.unparse(node) or not isinstance(node, ast.Import | ast.ImportFrom), path
+
+
+def test_a_verdict_follows_the_corrected_p():
+    made = [Comparison("t", "repair", "a", "b", Estimate(0.1), "test", p) for p in (0.001, 0.03, 0.04)]
+    correct(made, higher_is_better=True)
+    assert [c.verdict for c in made] == ["better", "no difference seen", "no difference seen"]
+    assert correct(made[:1], higher_is_better=False)[0].verdict == "worse"

@@ -188,3 +188,14 @@ def test_the_cross_fitted_single_prompt_is_the_good_one_where_there_is_one():
     values = np.random.default_rng(10).random((31, 4)) + np.array([1, 1, 0, 1])
     assert np.allclose(cross_fitted(values, values, 0), values[:, 2])
     assert np.allclose(cross_fitted(-values, values, 0), -values[:, 2])
+
+
+def test_the_weighted_mean_and_its_error_allow_for_the_length_of_each_item():
+    tokens = np.array([10.0, 100.0, 1000.0])
+    assert ratio_mean(3 * tokens, tokens)[1] == pytest.approx(0.0, abs=1e-12)
+    assert np.allclose(Resampled({"a": 3 * tokens}, tokens, 0).draws["a"], 3.0)
+
+
+def test_four_items_that_agree_prove_nothing():
+    gap = Resampled({"a": np.full(4, 2.0), "b": np.zeros(4)}, np.ones(4), 0).difference("a", "b")
+    assert gap.p == 0.125

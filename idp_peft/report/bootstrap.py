@@ -54,6 +54,8 @@ class Means:
         draws (`dict`): name -> float64 `[draws]`, empty arrays where there are too few items to resample.
     """
 
+    items: int  # how many were resampled
+
     def __init__(self, points: dict, draws: dict):
         self.points, self.draws = points, draws
 
@@ -67,7 +69,7 @@ class Means:
         """`left` minus `right`, paired: what items have in common cancels."""
         gaps = _without_rounding(self.draws[left] - self.draws[right])
         value = float(_without_rounding(np.asarray(self.points[left] - self.points[right])))
-        return Estimate(value, self.standard_error(left, right), interval(gaps), _p_value(gaps))
+        return Estimate(value, self.standard_error(left, right), interval(gaps), _p_value(gaps, self.items))
 
     def recovery(self, recovered, compressed, dense, higher_is_better: bool) -> Recovery:
         """(recovered - compressed) / (dense - compressed), with the interval of that ratio over the draws.
@@ -101,7 +103,7 @@ class Resampled(Means):
     """
 
     def __init__(self, columns: dict, weights: np.ndarray, seed, draws: int = DRAWS):
-        self.columns, self.weights = columns, weights
+        self.columns, self.weights, self.items = columns, weights, len(weights)
         points = {name: ratio_mean(values, weights)[0] for name, values in columns.items()}
         resampled = _resampled_means(np.stack(list(columns.values()), 1), weights, seed, draws)  # [draws, columns]
         super().__init__(points, dict(zip(columns, resampled.T, strict=True)))
@@ -119,7 +121,7 @@ class Averaged(Means):
     """
 
     def __init__(self, parts: list[Means]):
-        self.parts = parts
+        self.parts, self.items = parts, sum(part.items for part in parts)
         names = [name for name in parts[0].points if all(name in part.points for part in parts)]
         points = {name: float(np.mean([part.points[name] for part in parts])) for name in names}
         super().__init__(points, {name: _mean_of_draws([part.draws[name] for part in parts]) for name in names})
@@ -137,12 +139,16 @@ def interval(draws: np.ndarray) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
-def _p_value(gaps: np.ndarray) -> float | None:
-    """2 min(P(gap <= 0), P(gap >= 0)) over the draws, each counted with one draw more, so that it is never 0."""
+def _p_value(gaps: np.ndarray, items: int) -> float | None:
+    """2 min(P(gap <= 0), P(gap >= 0)) over the draws, each counted with one draw more, so that it is never 0.
+
+    Nor is it below 2 / 2^items, the chance that as many fair coins all fall alike: draws from a handful of items know
+    nothing of the items that were not seen.
+    """
     if len(gaps) == 0:
         return None
     fewer = min((gaps <= 0).sum(), (gaps >= 0).sum())
-    return float(min(1.0, 2 * (fewer + 1) / (len(gaps) + 1)))
+    return float(min(1.0, max(2 * (fewer + 1) / (len(gaps) + 1), 2.0 ** (1 - items))))
 
 
 def _resampled_means(columns: np.ndarray, weights: np.ndarray, seed, draws: int) -> np.ndarray:

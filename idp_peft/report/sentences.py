@@ -73,6 +73,10 @@ def _missing(statistics: dict) -> list[str]:
         absent = [label for label in labels if label not in measured["measured"]]
         if absent:
             notes.append(f"{name} was not measured for {', '.join(absent)}.")
+        if measured["items"] < 20:
+            notes.append(
+                f"{name} has only {measured['items']} items: its bootstrap intervals are narrower than they should be."
+            )
         counts = measured["measured"]
         if any(count != measured["items"] for count in counts.values()):
             each = ", ".join(f"{label}: {count}" for label, count in counts.items())
