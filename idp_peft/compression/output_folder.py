@@ -1,0 +1,42 @@
+"""A folder that is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole_folder(target: str | Path) -> Iterator[Path]:
+    """Yields a folder beside `target` to write into; it becomes `target` at the end, and vanishes on any error.
+
+    Raises:
+        `ValueError`: where `target` is a file, or a folder that is not empty.
+    """
+    target = Path(target).expanduser().absolute()
+    check_free(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)  # mkdtemp's are private
+        check_free(target)
+        if target.is_dir():
+            target.rmdir()
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(target: Path) -> None:
+    """Refuse an output folder that would be mixed with something else."""
+    if target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"`output_dir` must be new or empty, got {target}, which has files in it")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"`output_dir` must be a folder, got the file {target}")

@@ -1,0 +1,217 @@
+"""Loading any model that transformers can load, compressed ones in the form that can be trained through."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from idp_peft import assets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# What reads a format, where it is not transformers itself.
+_READERS = {
+    "compressed-tensors": "compressed-tensors",
+    "gptq": "idp-peft[gptqmodel]",
+    "awq": "idp-peft[gptqmodel]",
+    "torchao": "idp-peft[torchao]",
+    "bitsandbytes": "bitsandbytes",
+    "hqq": "hqq",
+    "gguf": "gguf",
+}
+
+
+def load_model(name_or_path: str | Path, for_training: bool = False, **from_pretrained_kwargs) -> PreTrainedModel:
+    """A causal language model in evaluation mode: dense, sparse, or in any quantised format that transformers reads.
+
+    Args:
+        name_or_path (`str`): `"default"` for the packaged default model, a folder, a `.gguf` file or a folder with one,
+            or a hub id.
+        for_training (`bool`, defaults to `False`): choose kernels that hand gradients on, where the format has several:
+            gptqmodel's plain torch ones for GPTQ and AWQ, and bitsandbytes' without its repacking for inference. The
+            default ones cut the gradient without an error once they have run in evaluation mode.
+        from_pretrained_kwargs: go to `AutoModelForCausalLM.from_pretrained` and win over the defaults below.
+
+    The device is the GPU where there is one. The type is float32 on a CPU; on a GPU it is bfloat16 for a dense model and
+    the checkpoint's own for a quantised one.
+
+    * Packed integer weights of compressed-tensors are unpacked when loaded, instead of at the first forward: later it
+      would change the weights of a model in use, and newer transformers (5.23) cannot load asymmetric ones otherwise.
+    * A GGUF model becomes an ordinary dense one, which can be saved and trained like any other.
+
+    Raises:
+        `FileNotFoundError`: where there is no such folder, file or hub model.
+        `ValueError`: where the folder holds no model, an adapter, or several GGUF files.
+        `ImportError`: where the library that reads the format is missing, naming what to install.
+    """
+    from transformers import AutoModelForCausalLM
+
+    where, gguf_file = find_model(name_or_path)
+    quantization = {"quant_method": "gguf"} if gguf_file else quantization_of(where)
+    arguments = {**_defaults(quantization, for_training), **from_pretrained_kwargs}
+    with _clear_errors(name_or_path, quantization):
+        model = AutoModelForCausalLM.from_pretrained(where, gguf_file=gguf_file, **arguments)
+    if gguf_file:
+        _forget_gguf(model)
+    if for_training:
+        _keep_differentiable(model)
+    return model.eval()
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that `load_model` can load; it has a padding token.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: as `load_model`.
+    """
+    from transformers import AutoTokenizer
+
+    where, gguf_file = find_model(name_or_path)
+    with _clear_errors(name_or_path, {}):
+        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=gguf_file)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def find_model(name_or_path: str | Path) -> tuple[str, str | None]:
+    """`(folder or hub id, GGUF file in it or None)` of what a user named."""
+    name = str(name_or_path)
+    if name == "default":
+        return str(assets.default_model()), None
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _look_into(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), path.name
+    if path.is_file():
+        raise ValueError(f"a model is a folder, a .gguf file or a hub id, got the file {name}")
+    if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"there is no model at {name}")
+    return name, None
+
+
+def _look_into(folder: Path) -> tuple[str, str | None]:
+    if (folder / "config.json").is_file():
+        return str(folder), None
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} holds an adapter, not a model: give the model that it was trained on")
+    files = sorted(path.name for path in folder.glob("*.gguf"))
+    if len(files) > 1:
+        raise ValueError(f"{folder} holds {len(files)} GGUF files, name one of them: {', '.join(files)}")
+    if not files:
+        raise ValueError(f"{folder} is no model: it has neither a config.json nor a .gguf file")
+    return str(folder), files[0]
+
+
+def quantization_of(where: str) -> dict:
+    """The `quantization_config` of a folder or hub id, as it is written there; empty for a model without."""
+    from transformers import PreTrainedConfig
+
+    with _clear_errors(where, {}):
+        config, _ = PreTrainedConfig.get_config_dict(where)
+    return config.get("quantization_config") or config.get("compression_config") or {}
+
+
+def _defaults(quantization: dict, for_training: bool) -> dict:
+    on_gpu = torch.cuda.is_available()
+    arguments = {"device_map": "cuda"} if on_gpu else {}
+    arguments["dtype"] = ("auto" if quantization else torch.bfloat16) if on_gpu else torch.float32
+    method = quantization.get("quant_method")
+    with _clear_errors("", quantization):
+        if method == "gguf":
+            arguments |= _gguf_arguments()
+        elif method == "compressed-tensors" and _is_one_packed_scheme(quantization):
+            from transformers import CompressedTensorsConfig
+
+            arguments["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+        elif method in ("gptq", "awq") and for_training:
+            from transformers import AwqConfig, GPTQConfig
+
+            kind, backend = (GPTQConfig, "torch") if method == "gptq" else (AwqConfig, "torch_awq")
+            arguments["quantization_config"] = kind(bits=quantization.get("bits", 4), backend=backend)
+    return arguments
+
+
+def _gguf_arguments() -> dict:
+    """Newer versions can compute on packed blocks, without gradients; older ones always unpack."""
+    import transformers
+
+    if not hasattr(transformers, "GgufConfig"):
+        return {}
+    return {"quantization_config": transformers.GgufConfig(dequantize=True)}
+
+
+def _is_one_packed_scheme(quantization: dict) -> bool:
+    """Whether unpacking is a matter of the weights alone, and one rule holds for all: transformers applies only one."""
+    schemes = list(quantization.get("config_groups", {}).values())
+    weights = [scheme.get("weights") for scheme in schemes]
+    plain = all(not scheme.get("input_activations") for scheme in schemes)
+    return (
+        quantization.get("format") == "pack-quantized"
+        and plain
+        and bool(weights)
+        and all(one is not None and one == weights[0] for one in weights)
+    )
+
+
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    """bitsandbytes repacks 4-bit weights at the first forward in evaluation mode on processors with AVX512-BF16.
+
+    The kernel that reads them has no backward: from then on the gradient is lost, with a warning at most.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """The weights are dense by now, but the model would refuse to be saved or trained for where it came from."""
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if name in vars(model):
+            delattr(model, name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+@contextlib.contextmanager
+def _clear_errors(name: str | Path, quantization: dict) -> Iterator[None]:
+    """Turns what transformers says over many lines into one that names the model."""
+    method = quantization.get("quant_method")
+    try:
+        yield
+    except ImportError as error:
+        reader = _READERS.get(method)
+        if reader is None:
+            raise
+        raise ImportError(f'reading a {method} model needs another library: pip install "{reader}"') from error
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        if Path(name).expanduser().is_dir():
+            raise ValueError(f"{name} is no complete model: {reason}") from error
+        raise FileNotFoundError(f"{name} is neither a folder nor a model of the hub: {reason}") from error
+
+
+@contextlib.contextmanager
+def accepted_by_trainer(model: torch.nn.Module) -> Iterator[None]:
+    """Within it, `Trainer(model, ...)` accepts an adapter on any quantised base; afterwards nothing is changed.
+
+    `Trainer` refuses several formats by a list, whether or not they hand gradients on. Ask `probe_gradients` first: it
+    looks at the gradients themselves. Only the construction must stand inside, training need not.
+    """
+    # What transformers sets on models whose adapter it added itself; its check lets those pass.
+    name = "_hf_peft_config_loaded"
+    before = vars(model).get(name)
+    setattr(model, name, True)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(model, name)
+        else:
+            setattr(model, name, before)
