@@ -14,7 +14,7 @@ TEST_ENV := $(VENV)/.test-ready
 DEMO_ENV := $(VENV)/.demo-ready
 endif
 
-.PHONY: demo test test-oldest lint
+.PHONY: demo test test-oldest test-compression lint
 
 # The two MALLOC settings spare page faults while training.
 demo: $(DEMO_ENV)
@@ -27,6 +27,11 @@ test: $(TEST_ENV)
 # The oldest versions that pyproject.toml admits.
 test-oldest: $(VENV)-oldest/.test-ready
 	$(VENV)-oldest/bin/python -m pytest -n 2
+
+# GPTQ and SparseGPT: llm-compressor wants a range of transformers versions of its own.
+test-compression: $(VENV)-compression/.test-ready
+	$(VENV)-compression/bin/python -m pytest -n 2 tests/test_compression.py tests/test_loading.py tests/test_gradient_probe.py \
+	  tests/test_pipeline.py
 
 lint: $(TEST_ENV)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
@@ -44,6 +49,10 @@ lint: $(TEST_ENV)
 
 $(VENV)-oldest/.test-ready: $(VENV)-oldest/.torch-ready pyproject.toml tests/oldest.txt
 	$(VENV)-oldest/bin/pip install -q -e ".[test]" -c tests/oldest.txt
+	touch $@
+
+$(VENV)-compression/.test-ready: $(VENV)-compression/.torch-ready pyproject.toml
+	$(VENV)-compression/bin/pip install -q -e ".[test,llmcompressor]"
 	touch $@
 
 $(VENV)/.test-ready: $(VENV)/.torch-ready pyproject.toml

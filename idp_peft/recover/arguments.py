@@ -1,0 +1,40 @@
+"""`TrainingArguments` with the defaults of a repair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+DEFAULT_STEPS = 100
+
+
+@dataclass
+class RecoverArguments(TrainingArguments):
+    """transformers' `TrainingArguments`; only the defaults differ, as measured in benchmarks/LOG.md.
+
+    `learning_rate` `None`: the method's own. Neither `max_steps` nor `num_train_epochs` given: 100 steps.
+    """
+
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate (default: the method's own)."}
+    )
+    num_train_epochs: float | None = field(default=None, metadata={"help": "Epochs, in place of `max_steps`."})
+    max_steps: int = field(default=-1, metadata={"help": f"Optimiser steps (default: {DEFAULT_STEPS})."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Examples per device and step."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: steps, or below 1 a share of all steps."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay."})
+    logging_steps: float = field(default=0.05, metadata={"help": "Steps between logs, or a share of all steps."})
+    save_steps: float = field(default=0.1, metadata={"help": "Steps between checkpoints, or a share of all steps."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
+    seed: int = field(default=0, metadata={"help": "Seed of the prompts' start and of the data's order."})
+
+    def __post_init__(self) -> None:
+        if self.output_dir is None:
+            raise ValueError("the following arguments are required: --output_dir")
+        if self.num_train_epochs is None:
+            self.num_train_epochs = 1.0
+            if self.max_steps <= 0:
+                self.max_steps = DEFAULT_STEPS
+        super().__post_init__()

@@ -1,0 +1,111 @@
+"""What is trained on the compressed model: IDP, or one of PEFT's own methods as a baseline, at a matched budget if asked."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+
+from idp_peft.config import IDPConfig
+from idp_peft.decoder import embedding_width
+
+METHODS = ("idp", "prompt_tuning", "prefix_tuning", "lora")
+# Peak learning rates: the prompts' was tuned (benchmarks/LOG.md), the others' are what their papers and PEFT's examples use.
+LEARNING_RATES = {"idp": 3e-2, "prompt_tuning": 3e-2, "prefix_tuning": 1e-2, "lora": 2e-4}
+
+
+def method_config(model: nn.Module, options, texts: list[str] | None = None) -> PeftConfig:
+    """The PEFT configuration of `options.method`.
+
+    Args:
+        model (`PreTrainedModel`): the compressed model.
+        options (`RecoverOptions`): what the user asked for. With `match_budget`, a baseline gets the size that is
+            nearest to the prompt bank's parameter count: LoRA its rank and layers, prompt tuning one prompt of the
+            bank's total length, prefix tuning its number of tokens.
+        texts (`list[str]`, *optional*): starts of the prompts for `init="corpus"`.
+
+    Raises:
+        `ValueError`: for an unknown method.
+    """
+    if options.method == "idp":
+        start = {"init": options.init}
+        if options.init == "corpus":
+            start = {"init": "text", "init_text": texts, "tokenizer_name_or_path": str(options.model)}
+        return IDPConfig(
+            task_type="CAUSAL_LM",
+            num_prompts=options.num_prompts,
+            num_virtual_tokens=options.num_virtual_tokens,
+            selection=options.selection,
+            selection_layer=options.selection_layer,
+            selection_reduction=options.selection_reduction,
+            assignment=options.assignment,
+            **start,
+        )
+    budget = options.num_prompts * options.num_virtual_tokens * embedding_width(model.get_input_embeddings())
+    if options.method == "lora":
+        targets, rank = options.lora_target_modules, options.lora_rank
+        if options.match_budget:
+            targets, rank = nearest_lora(model, budget)
+        return LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets)
+    if options.method == "prompt_tuning":
+        tokens = options.num_virtual_tokens * (options.num_prompts if options.match_budget else 1)
+        return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
+    if options.method == "prefix_tuning":
+        tokens = options.num_virtual_tokens
+        if options.match_budget:
+            tokens = max(1, round(budget / prefix_parameters_per_token(model.config)))
+        return PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
+    raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {options.method!r}")
+
+
+def nearest_lora(model: nn.Module, budget: int) -> tuple[str | list[str], int]:
+    """`(target_modules, rank)` whose parameter count is nearest to a budget, by ratio.
+
+    All linear layers are taken, or, where rank 1 on all of them is already too much, the attention layers that PEFT's
+    own default adapts for this architecture.
+    """
+    candidates = {"all-linear": lora_parameters_per_rank(model, None)}
+    names = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
+    if names:
+        candidates[tuple(names)] = lora_parameters_per_rank(model, names)
+    choices = [(targets, max(1, round(budget / each)), each) for targets, each in candidates.items() if each]
+    targets, rank, _ = min(choices, key=lambda choice: abs(math.log(choice[1] * choice[2] / budget)))
+    return (targets if isinstance(targets, str) else list(targets)), rank
+
+
+def lora_parameters_per_rank(model: nn.Module, names: list[str] | None) -> int:
+    """Parameters of a rank-1 LoRA on the linear layers of these names (`None`: all but the output head)."""
+    head = model.get_output_embeddings()
+    total = 0
+    for name, module in model.named_modules():
+        if names is None:
+            wanted = module is not head and (isinstance(module, nn.Linear) or hasattr(module, "in_features"))
+        else:
+            wanted = name.rpartition(".")[2] in names
+        if wanted:
+            total += sum(_widths(module))
+    return total
+
+
+def _widths(module: nn.Module) -> tuple[int, int]:
+    if hasattr(module, "in_features"):
+        return module.in_features, module.out_features
+    return tuple(module.weight.shape)  # GPT-2's Conv1D keeps [in, out]
+
+
+def prefix_parameters_per_token(config) -> int:
+    """Keys and values of one virtual token in every layer, as PEFT's prefix tuning trains them."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * config.num_hidden_layers * kv_heads * head_dim
+
+
+def corpus_starts(tokenizer, blocks: list[list[int]], options) -> list[str]:
+    """One text per prompt for `init="corpus"`: the first tokens of as many random training blocks. Drawn from torch's global
+    generator."""
+    chosen = torch.randperm(len(blocks))[: options.num_prompts].tolist()
+    return [tokenizer.decode(blocks[i][: options.num_virtual_tokens]) for i in chosen]

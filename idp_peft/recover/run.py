@@ -1,0 +1,180 @@
+"""`recover`: one compressed model, one method, one run folder with an adapter at its end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import transformers
+from peft import PeftModel, get_peft_model
+from transformers import TrainingArguments, set_seed
+
+from idp_peft.evaluation import environment
+from idp_peft.fingerprint import fingerprint
+from idp_peft.gradient_probe import probe_gradients
+from idp_peft.loading import accepted_by_trainer, load_model, load_tokenizer
+from idp_peft.recover.methods import LEARNING_RATES, corpus_starts, method_config
+from idp_peft.recover.run_folder import RunFolder
+from idp_peft.recover.self_text import sample_blocks
+from idp_peft.recover.stopping import StopAtSignal
+from idp_peft.recover.training import make_trainer, training_examples
+from idp_peft.text_data import load_texts, token_blocks
+
+logger = logging.getLogger(__name__)
+
+
+def recover(options, arguments: TrainingArguments) -> Path:
+    """Train an adapter that repairs a compressed model.
+
+    Everything that can be refused is refused before anything is written. A run that was interrupted, or killed, goes on
+    from its last checkpoint when it is called again with the same settings, and ends with the same adapter.
+
+    Args:
+        options (`RecoverOptions`): model, method, data, objective (see `idp-peft recover --help`).
+        arguments (`TrainingArguments`): how to train; `output_dir` is the run's folder.
+
+    Returns:
+        `Path`: the adapter's folder.
+
+    Raises:
+        `ValueError`, `FileNotFoundError`, `ImportError`: for settings, models or data that do not fit, saying which.
+        `KeyboardInterrupt`: where the run was stopped; calling again goes on.
+        `RuntimeError`: where training changed the base model (never expected).
+    """
+    if arguments.learning_rate is None:
+        arguments.learning_rate = LEARNING_RATES[options.method]
+    _check(options)
+    folder = RunFolder(arguments.output_dir, options, arguments)
+    if folder.is_complete:
+        logger.info("%s is complete already", folder.path)
+        return folder.adapter
+    tokenizer = load_tokenizer(options.model)
+    if options.teacher is not None:
+        _check_same_tokens(tokenizer, load_tokenizer(options.teacher))
+    train, held = ([], []) if options.dataset == "self" else _blocks(options, arguments, tokenizer)
+
+    model = load_model(options.model, for_training=True)
+    teacher = load_model(options.teacher) if options.teacher is not None else None
+    probe = probe_gradients(model)
+    logger.info("%s: %s", options.model, probe)
+    if probe.verdict != "trainable":
+        raise ValueError(f"`model` {options.model!r} cannot be trained through: {probe}")
+    before = fingerprint(model)
+
+    folder.write("running", environment=environment(), gradient_probe=str(probe), base_sha256=before)
+    if options.dataset == "self":
+        train, held = _sampled(options, arguments, teacher, tokenizer, folder)
+    model = _with_adapter(model, tokenizer, train, options, arguments)
+    stop = StopAtSignal()
+    trainer = _trainer(model, teacher, train, held, options, arguments, [stop])
+    with stop:
+        trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint or folder.last_checkpoint)
+    if stop.asked and trainer.state.global_step < trainer.state.max_steps:
+        folder.write("interrupted", training=_training_record(trainer, model, options))
+        raise KeyboardInterrupt("run the same command again to go on")
+    if fingerprint(model) != before:
+        raise RuntimeError("training changed the base model's weights: the adapter is not saved")
+    _save(model, folder.adapter)
+    folder.write("complete", training=_training_record(trainer, model, options))
+    if arguments.push_to_hub:
+        trainer.push_to_hub()
+    return folder.adapter
+
+
+def _check(options) -> None:
+    if options.dataset == "self" and options.teacher is None:
+        raise ValueError("`dataset` 'self' needs `teacher`: the model that the text is sampled from")
+    if not 1 <= options.context_tokens < options.block_tokens:
+        raise ValueError(
+            f"`context_tokens` must be from 1 to block_tokens - 1 = {options.block_tokens - 1}, got {options.context_tokens}"
+        )
+    if not 0 < options.eval_share < 1:
+        raise ValueError(f"`eval_share` must be between 0 and 1, got {options.eval_share}")
+    if not 0 < options.distillation_weight <= 1:
+        raise ValueError(f"`distillation_weight` must be above 0 and at most 1, got {options.distillation_weight}")
+    if not options.temperature > 0:
+        raise ValueError(f"`temperature` must be above 0, got {options.temperature}")
+
+
+def _check_same_tokens(tokenizer, other) -> None:
+    own, its = tokenizer.get_vocab(), other.get_vocab()
+    if own != its:
+        different = sum(its.get(token) != i for token, i in own.items()) + sum(token not in own for token in its)
+        raise ValueError(
+            f"`teacher` must have the model's vocabulary: {different} tokens differ ({len(own)} tokens, teacher {len(its)})"
+        )
+
+
+def _blocks(options, arguments: TrainingArguments, tokenizer) -> tuple[list[list[int]], list[list[int]]]:
+    """Blocks to train on, and those kept for Trainer's evaluation (none unless it evaluates)."""
+    texts = load_texts(options.dataset, options.dataset_split, options.text_column, options.dataset_config)
+    kept = _kept(len(texts), options, arguments)
+    train, held = (
+        token_blocks(tokenizer, part, options.block_tokens, options.min_tokens)
+        for part in (texts[: len(texts) - kept], texts[len(texts) - kept :])
+    )
+    if not train:
+        raise ValueError(
+            f"`dataset` {options.dataset!r} has no document of `min_tokens`={options.min_tokens} tokens to train on"
+        )
+    logger.info("%d training blocks of at most %d tokens", len(train), options.block_tokens)
+    return train, held
+
+
+def _kept(count: int, options, arguments: TrainingArguments) -> int:
+    return max(1, round(options.eval_share * count)) if str(arguments.eval_strategy.value) != "no" else 0
+
+
+def _sampled(options, arguments, teacher, tokenizer, folder: RunFolder):
+    file = folder.path / "self_text.jsonl"
+    blocks = sample_blocks(teacher, tokenizer, options.self_samples, options.block_tokens, arguments.seed, file)
+    blocks = [block for block in blocks if len(block) >= max(2, options.min_tokens)]
+    kept = _kept(len(blocks), options, arguments)
+    return blocks[: len(blocks) - kept], blocks[len(blocks) - kept :]
+
+
+def _with_adapter(model, tokenizer, blocks: list[list[int]], options, arguments: TrainingArguments) -> PeftModel:
+    set_seed(arguments.seed)  # the prompts' start depends on the seed alone
+    texts = corpus_starts(tokenizer, blocks, options) if options.init == "corpus" else None
+    model = get_peft_model(model, method_config(model, options, texts))
+    logger.info("%d trainable parameters", model.get_nb_trainable_parameters()[0])
+    return model
+
+
+def _trainer(model, teacher, train, held, options, arguments: TrainingArguments, callbacks):
+    arguments.remove_unused_columns = False  # the collator knows its columns
+    with accepted_by_trainer(model):
+        return make_trainer(
+            model,
+            arguments,
+            training_examples(train, options.context_tokens),
+            training_examples(held, options.context_tokens) or None,
+            teacher,
+            options.distillation_weight,
+            options.temperature,
+            callbacks,
+        )
+
+
+def _training_record(trainer: transformers.Trainer, model: PeftModel, options) -> dict:
+    """What a report shows of the training."""
+    return {
+        "method": options.method,
+        "objective": "distillation" if options.teacher is not None else "language modelling",
+        "steps": trainer.state.global_step,
+        "learning_rate": trainer.args.learning_rate,
+        "seed": trainer.args.seed,
+        "dataset": options.dataset,
+        "trainable_parameters": model.get_nb_trainable_parameters()[0],
+        "history": trainer.state.log_history,
+    }
+
+
+def _save(model: PeftModel, target: Path) -> None:
+    temporary = target.with_name(".adapter")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(temporary, target)

@@ -1,0 +1,65 @@
+"""One training run: blocks of tokens, transformers' `Trainer`, language modelling or distillation."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from idp_peft.recover.distillation import DistillationTrainer
+
+_IGNORED = -100
+
+
+def training_examples(blocks: list[list[int]], context_tokens: int) -> list[dict[str, list[int]]]:
+    """Examples with labels on what follows each block's context.
+
+    Args:
+        blocks (`list[list[int]]`): token ids.
+        context_tokens (`int`): tokens at the front of each block that are read but not predicted; half of a block that is
+            too short for that. IDP's choice reads these alone, in training as in evaluation.
+    """
+    examples = []
+    for ids in blocks:
+        context = min(context_tokens, len(ids) // 2)
+        examples.append({"input_ids": ids, "labels": [_IGNORED] * context + ids[context:]})
+    return examples
+
+
+def collate(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """A batch padded on the right: `input_ids`, `attention_mask` and `labels`, int64 `[batch, n]`."""
+    length = max(len(example["input_ids"]) for example in examples)
+
+    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+        return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+
+    ids = [example["input_ids"] for example in examples]
+    return {
+        "input_ids": padded(ids, 0),
+        "attention_mask": padded([[1] * len(row) for row in ids], 0),
+        "labels": padded([example["labels"] for example in examples], _IGNORED),
+    }
+
+
+def make_trainer(
+    model: nn.Module,
+    arguments: TrainingArguments,
+    examples: list[dict[str, list[int]]],
+    held_out: list[dict[str, list[int]]] | None = None,
+    teacher: nn.Module | None = None,
+    distillation_weight: float = 1.0,
+    temperature: float = 1.0,
+    callbacks: list[TrainerCallback] | None = None,
+) -> Trainer:
+    """transformers' own `Trainer` for language modelling; with a `teacher`, one whose loss is distillation."""
+    common = dict(
+        model=model,
+        args=arguments,
+        train_dataset=examples,
+        eval_dataset=held_out,
+        data_collator=collate,
+        callbacks=callbacks or [],
+    )
+    if teacher is None:
+        return Trainer(**common)
+    return DistillationTrainer(teacher=teacher, weight=distillation_weight, temperature=temperature, **common)

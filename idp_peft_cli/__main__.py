@@ -1,0 +1,3 @@
+from idp_peft_cli import main
+
+main()

@@ -1,0 +1,98 @@
+"""What each sub-command can be told. Plain dataclasses, so that `--help` needs no heavy import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+def _option(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+def _required(text: str):
+    return field(metadata={"help": text})
+
+
+@dataclass
+class CompressOptions:
+    """Compress a dense model with an existing library."""
+
+    model: str = _required("Dense model: 'default' (SmolLM2-135M-Instruct, fetched), a folder or a Hub id.")
+    output_dir: str = _required("Folder of the compressed model; must not exist or be empty.")
+    recipe: str = _option("gptq-3bit", "gptq-3bit, gptq-4bit, sparsegpt-50, sparsegpt-2:4 (error lists all).")
+    backend: str = _option("llmcompressor", "Library that does the work; each is an extra of the package.")
+    dataset: str = _option("wiki", "Calibration text: 'wiki', a .jsonl/.parquet/.csv/.txt file or a Hub id.")
+    dataset_split: str = _option("train", "Split of the calibration text.")
+    dataset_config: str | None = _option(None, "Configuration name of a Hub dataset.")
+    text_column: str = _option("text", "Column that holds the text.")
+    calibration_samples: int = _option(64, "Calibration blocks.")
+    calibration_tokens: int = _option(256, "Tokens of each calibration block.")
+    group_size: int = _option(64, "Weights that share a scale; must divide the layers' widths.")
+    symmetric: bool = _option(False, "Quantise without zero points (less accurate).")
+    seed: int = _option(0, "Seed of the calibration sample.")
+
+
+@dataclass
+class RecoverOptions:
+    """Train prompts (or a baseline) that repair a compressed model. Every flag of TrainingArguments works as well."""
+
+    model: str = _required("Compressed model: a folder or a Hub id that transformers loads ('default': a dense one).")
+    method: Literal["idp", "prompt_tuning", "prefix_tuning", "lora"] = _option(
+        "idp", "What is trained: idp, or one of PEFT's own methods as a baseline."
+    )
+    teacher: str | None = _option(None, "Dense model to distil from; without one, language modelling on the text.")
+    distillation_weight: float = _option(1.0, "Share of the distillation loss; the rest is language modelling.")
+    temperature: float = _option(1.0, "Temperature of the distillation loss.")
+    dataset: str = _option("wiki", "'wiki', a .jsonl/.parquet/.csv/.txt file, a Hub id, or 'self': the teacher's text.")
+    dataset_split: str = _option("train", "Split of the dataset.")
+    dataset_config: str | None = _option(None, "Configuration name of a Hub dataset.")
+    text_column: str = _option("text", "Column that holds the text.")
+    eval_share: float = _option(0.05, "Share of the documents kept for Trainer's evaluation, with --eval_strategy.")
+    block_tokens: int = _option(256, "Tokens of a training example.")
+    context_tokens: int = _option(64, "Tokens in front of an example that pick its prompt and are not predicted.")
+    min_tokens: int = _option(32, "Documents with fewer tokens are left out.")
+    self_samples: int = _option(256, "Texts that --dataset self samples.")
+    num_prompts: int = _option(4, "M, prompts in the bank.")
+    num_virtual_tokens: int = _option(32, "k, tokens of each prompt.")
+    selection: Literal["attention", "random", "fixed"] = _option("attention", "Who picks a prompt.")
+    selection_layer: int = _option(0, "Layer whose attention decides.")
+    selection_reduction: Literal["mean", "sum"] = _option("mean", "Score of a prompt: mean or sum over its tokens.")
+    assignment: Literal["uniform", "selected", "all"] = _option("selected", "Which prompt a training example trains.")
+    init: Literal["vocab", "random", "corpus"] = _option(
+        "corpus", "How prompts start: random tokens, random vectors, or the openings of training texts."
+    )
+    match_budget: bool = _option(False, "Give a baseline the size nearest to the bank's parameter count.")
+    lora_rank: int = _option(16, "Rank of LoRA without --match_budget.")
+    lora_target_modules: str = _option("all-linear", "Layers of LoRA without --match_budget.")
+
+
+@dataclass
+class EvaluateOptions:
+    """Measure perplexity and zero-shot tasks of a dense, compressed or repaired model."""
+
+    model: str = _required("Model: 'default', a folder or a Hub id.")
+    output: str = _required("JSON file for the result, per-item scores included.")
+    adapter: str | None = _option(None, "PEFT adapter on it: a folder or a Hub id.")
+    label: str | None = _option(None, "Row name in tables (default: what the model is).")
+    role: Literal["dense", "compressed", "recovered"] | None = _option(None, "Default: by adapter and configuration.")
+    dataset: str = _option("wiki", "Text for perplexity: 'wiki', 'c4', a file, a Hub id, or 'none'.")
+    dataset_split: str = _option("held_out", "Split of the dataset.")
+    dataset_config: str | None = _option(None, "Configuration name of a Hub dataset.")
+    text_column: str = _option("text", "Column that holds the text.")
+    tasks: list[str] | None = _option(None, "Zero-shot tasks: local_* names, 'all_local', or the harness's own names.")
+    limit: int | None = _option(None, "At most so many documents and questions per task, a seeded sample.")
+    seed: int = _option(0, "Seed of that sample.")
+    window: int = _option(256, "Tokens the model sees at once when perplexity is measured.")
+    stride: int = _option(192, "Tokens scored per window; the ones before are context, which picks the prompt.")
+    batch_size: int = _option(4, "Rows per forward pass.")
+    each_prompt: bool = _option(False, "Also force every prompt in turn: best single, random and oracle choice.")
+
+
+@dataclass
+class ReportOptions:
+    """Write one HTML page and a Markdown table from result files."""
+
+    results: list[str] = _required("Result files of evaluate, or folders of them.")
+    output_dir: str = _required("Folder for report.html, report.md and statistics.json.")
+    seed: int = _option(0, "Seed of the bootstrap.")

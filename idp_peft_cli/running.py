@@ -1,0 +1,62 @@
+"""What the sub-commands do, and what they print when they are done."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from pathlib import Path
+
+_PACKAGES = ("idp_peft", "idp_peft_cli")
+
+
+def run(command: str, options, *more) -> None:
+    """Run one sub-command; results go to stdout, progress and remarks to stderr."""
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    for package in _PACKAGES:
+        logging.getLogger(package).setLevel(logging.INFO)
+    {"compress": _compress, "recover": _recover, "evaluate": _evaluate, "report": _report}[command](options, *more)
+
+
+def _compress(options) -> None:
+    from idp_peft.compression import compress
+    from idp_peft.text_data import load_texts
+
+    texts = load_texts(options.dataset, options.dataset_split, options.text_column, options.dataset_config)
+    note = compress(
+        options.model,
+        options.recipe,
+        options.output_dir,
+        texts,
+        calibration_samples=options.calibration_samples,
+        calibration_tokens=options.calibration_tokens,
+        group_size=options.group_size,
+        symmetric=options.symmetric,
+        backend=options.backend,
+        seed=options.seed,
+    )
+    print(f"{options.recipe} model in {options.output_dir} ({note['seconds']:.0f} s)")
+
+
+def _recover(options, arguments) -> None:
+    from idp_peft.recover import recover
+
+    print(f"adapter in {recover(options, arguments)}")
+
+
+def _evaluate(options) -> None:
+    from idp_peft.evaluation import evaluate
+
+    print(f"result in {evaluate(options)}")
+
+
+def _report(options) -> None:
+    from idp_peft.report import write_report
+
+    print(f"report in {write_report(options.results, options.output_dir, options.seed)}")
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether an error was raised on purpose by this project, with a text for the user, and not by a bug in some library."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return any(package in Path(last.filename).parts for package in _PACKAGES)

@@ -1,0 +1,141 @@
+"""The command line as a user meets it: in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from idp_peft_cli import main
+from idp_peft_cli.parsing import WrongUseError, parse
+from tests.tiny_folder import tiny_folder
+
+pytest.importorskip("datasets")
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "idp_peft_cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+
+
+@pytest.mark.parametrize("command", [[], ["compress"], ["recover"], ["evaluate"], ["report"]])
+def test_help_imports_nothing_heavy(command):
+    code = (
+        "import sys; from idp_peft_cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "heavy = {'torch', 'transformers', 'peft', 'idp_peft', 'datasets', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "usage: idp-peft" in done.stdout
+    assert not command or "--config FILE" in done.stdout
+
+
+def test_help_answers_within_two_seconds():
+    fastest = min(_seconds("recover", "--help") for _ in range(3))
+    assert fastest < 2, fastest
+
+
+def _seconds(*arguments: str) -> float:
+    began = time.perf_counter()
+    assert run(*arguments).returncode == 0
+    return time.perf_counter() - began
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["repair"], "the sub-command must be one of compress, recover, evaluate, report; got 'repair'"),
+        (["compress", "--model", "x"], "required: --output_dir"),
+        (["compress", "--model", "x", "--output_dir", "y", "--colour", "red"], "--colour"),
+        (["evaluate", "--model", "x", "--output", "y", "--limit", "many"], "--limit: invalid int value: 'many'"),
+        (["report", "--config", "missing.yaml"], "`--config` 'missing.yaml' cannot be read"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_exit_code_two(arguments, text, tmp_path):
+    done = run(*arguments, folder=tmp_path)
+    assert done.returncode == 2
+    assert text in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"--model": "./nowhere"}, "nowhere"),
+        ({"--dataset": "missing.jsonl"}, "`dataset` 'missing.jsonl' does not exist"),
+        ({"--text_column": "content"}, "`text_column` must be one of the columns of 'text.jsonl', text; got 'content'"),
+        ({"--teacher": "other"}, "`teacher` must have the model's vocabulary"),
+        ({"--context_tokens": "16"}, "`context_tokens` must be from 1 to block_tokens - 1 = 15, got 16"),
+        ({"--min_tokens": "999"}, "`dataset` 'text.jsonl' has no document of `min_tokens`=999 tokens"),
+        ({"--learning_rat": "1"}, "--learning_rat"),
+        ({"--dataset": "self"}, "`dataset` 'self' needs `teacher`"),
+    ],
+)
+def test_recover_refuses_before_anything_is_written(changes, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tiny_folder(tmp_path / "model")
+    other = tiny_folder(tmp_path / "other")
+    tokenizer = Path(other, "tokenizer.json")
+    tokenizer.write_text(tokenizer.read_text().replace('"w7"', '"other"'))
+    (tmp_path / "text.jsonl").write_text('{"text": "' + " ".join(f"w{i}" for i in range(2, 90)) + '"}\n')
+    flags = {"--model": "model", "--dataset": "text.jsonl", "--output_dir": "run", "--max_steps": "1"}
+    flags |= {"--block_tokens": "16", "--context_tokens": "4", "--min_tokens": "8", **changes}
+    with pytest.raises(SystemExit) as stop:
+        main(["recover", *(word for pair in flags.items() for word in pair)])
+    assert stop.value.code == 2
+    *_, last = capsys.readouterr().err.strip().splitlines()
+    assert last.startswith("idp-peft recover: error: ")
+    assert text in last
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_yaml_file_replaces_flags_and_flags_win(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model: some/model\noutput_dir: {tmp_path}\nlearning_rate: 2e-2\nmatch_budget: true\nteacher: null\n"
+        "lr_scheduler_kwargs: {num_cycles: 1}\nmax_steps: 7\n"
+    )
+    options, arguments = parse("recover", ["--config", str(file), "--max_steps", "9"])
+    assert (options.model, options.match_budget, options.teacher) == ("some/model", True, None)
+    assert (arguments.learning_rate, arguments.max_steps) == (2e-2, 9)
+    assert arguments.lr_scheduler_kwargs == {"num_cycles": 1}
+    (evaluated,) = parse(
+        "evaluate", ["--model", "m", "--output", "o", "--tasks", "a", "b", f"--config={_tasks(tmp_path)}"]
+    )
+    assert evaluated.tasks == ["a", "b"]
+
+
+def _tasks(folder: Path) -> Path:
+    (folder / "tasks.yaml").write_text("tasks: [c, d, e]\n")
+    return folder / "tasks.yaml"
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("- a\n- b\n", "must hold one `name: value` a line, got list"),
+        ("a: [", "is not YAML"),
+        ("modle: x\n", "--modle"),
+    ],
+)
+def test_a_wrong_yaml_file_is_named(tmp_path, content, text):
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(WrongUseError, match=text):
+        parse("compress", ["--model", "x", "--output_dir", "y", "--config", str(tmp_path / "run.yaml")])
+
+
+def test_recover_takes_steps_or_epochs(tmp_path):
+    needed = ["--model", "m", "--output_dir", str(tmp_path)]
+    _, by_default = parse("recover", needed)
+    _, by_epochs = parse("recover", [*needed, "--num_train_epochs", "2"])
+    assert (by_default.max_steps, by_epochs.max_steps, by_epochs.num_train_epochs) == (100, -1, 2)

@@ -1,0 +1,281 @@
+"""`recover`: what it trains, that it can be stopped at any time, and that the base stays as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Trainer
+
+from idp_peft.fingerprint import fingerprint
+from idp_peft.recover import recover
+from idp_peft.recover.distillation import forward_kl
+from idp_peft.recover.methods import lora_parameters_per_rank, nearest_lora, prefix_parameters_per_token
+from idp_peft.recover.training import collate, training_examples
+from idp_peft_cli import main
+from idp_peft_cli.parsing import parse
+from tests.tiny import tiny
+from tests.tiny_folder import tiny_folder, tiny_texts
+
+pytest.importorskip("datasets")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with a model, a teacher and text, as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tiny_folder(tmp_path / "model")
+    tiny_folder(tmp_path / "teacher", seed=1)
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_texts()))
+    return tmp_path
+
+
+def flags(output: str = "run", **changes) -> list[str]:
+    values = {
+        "model": "model",
+        "dataset": "text.jsonl",
+        "output_dir": output,
+        "max_steps": 6,
+        "save_steps": 2,
+        "block_tokens": 16,
+        "context_tokens": 4,
+        "min_tokens": 4,
+        "num_prompts": 3,
+        "num_virtual_tokens": 4,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **changes,
+    }
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def run(output: str = "run", **changes) -> Path:
+    return recover(*parse("recover", flags(output, **changes)))
+
+
+def weights(adapter: Path) -> dict[str, torch.Tensor]:
+    return load_file(adapter / "adapter_model.safetensors")
+
+
+def same(one: Path, other: Path) -> bool:
+    first, second = weights(one), weights(other)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("method", ["idp", "prompt_tuning", "prefix_tuning", "lora"])
+@pytest.mark.parametrize("teacher", [None, "teacher"])
+def test_every_method_and_objective_learns_and_loads_again(here, method, teacher):
+    adapter = run(method=method, max_steps=30, learning_rate=0.03, **({"teacher": teacher} if teacher else {}))
+    record = json.loads((here / "run" / "run.json").read_text())
+    losses = [entry["loss"] for entry in record["training"]["history"] if "loss" in entry]
+    assert sum(losses[-3:]) < sum(losses[:3]), losses
+    assert record["status"] == "complete"
+    assert record["training"]["objective"] == ("distillation" if teacher else "language modelling")
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter)
+    assert model.peft_config["default"].peft_type.value.lower() == method
+
+
+def test_a_teacher_that_is_the_model_itself_leaves_nothing_to_learn_for_lora(here):
+    run(method="lora", teacher="model", max_steps=1, logging_steps=1)
+    record = json.loads((here / "run" / "run.json").read_text())
+    assert abs(record["training"]["history"][0]["loss"]) < 1e-6  # a fresh LoRA changes nothing, so KL is 0
+
+
+def test_forward_kl_is_the_formula():
+    torch.manual_seed(0)
+    s, z = torch.randn(5, 11), torch.randn(5, 11)
+    p, q = (z / 2).softmax(-1), (s / 2).softmax(-1)
+    torch.testing.assert_close(forward_kl(s, z, 2.0), 4 * (p * (p / q).log()).sum())
+    assert forward_kl(z, z).abs() < 1e-5
+
+
+def test_distillation_scores_labelled_positions_only_and_mixes_in_language_modelling(here):
+    """The trainer's loss against one written out by hand, on a padded batch, at weight 0.7 and temperature 2."""
+    from peft import get_peft_model
+    from transformers import TrainingArguments
+
+    from idp_peft import IDPConfig
+    from idp_peft.recover.training import make_trainer
+
+    model = get_peft_model(tiny("llama"), IDPConfig(task_type="CAUSAL_LM", num_prompts=1, num_virtual_tokens=4)).eval()
+    teacher = tiny("llama", seed=1).eval()
+    blocks = [list(range(2, 18)), list(range(30, 39))]
+    arguments = TrainingArguments(output_dir="run", use_cpu=True, report_to="none")
+    trainer = make_trainer(model, arguments, training_examples(blocks, 6), None, teacher, 0.7, 2.0)
+    batch = collate(training_examples(blocks, 6))
+    with torch.no_grad():
+        found = trainer.compute_loss(model, dict(batch))
+        total, count = 0.0, 0
+        for ids, context in zip(blocks, (6, 4), strict=True):
+            one = torch.tensor([ids])
+            s, z = model(input_ids=one).logits[0], teacher(input_ids=one).logits[0]
+            for t in range(context, len(ids)):
+                own = torch.nn.functional.cross_entropy(s[t - 1], one[0, t])
+                total += 0.7 * forward_kl(s[t - 1 : t], z[t - 1 : t], 2.0) + 0.3 * own
+                count += 1
+    torch.testing.assert_close(found, total / count, rtol=1e-5, atol=1e-6)
+
+
+def test_distillation_under_assignment_all_is_the_mean_over_prompts(here):
+    adapter = run(teacher="teacher", assignment="all", max_steps=2, learning_rate=0.05)
+    started = run("other", teacher="teacher", assignment="all", max_steps=1, learning_rate=1e-9)
+    moved = (weights(adapter).popitem()[1] - weights(started).popitem()[1]).abs().amax(-1)  # [M * k]
+    assert (moved > 0).all(), "every prompt learns from every example"
+
+
+def test_the_base_is_bit_identical_after_recover(here):
+    model = Path("model/model.safetensors")
+    before, print_before = model.read_bytes(), fingerprint(AutoModelForCausalLM.from_pretrained("model"))
+    adapter = run(learning_rate=0.05)
+    assert model.read_bytes() == before
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("model"), adapter)
+    assert fingerprint(loaded) == print_before
+    assert json.loads(Path("run/run.json").read_text())["base_sha256"] == print_before
+
+
+def test_a_base_that_changes_under_training_is_noticed(here, monkeypatch):
+    train = Trainer.train
+
+    def meddle(self, *args, **kwargs):
+        result = train(self, *args, **kwargs)
+        with torch.no_grad():
+            self.model.get_base_model().lm_head.weight[0, 0] += 1
+        return result
+
+    monkeypatch.setattr(Trainer, "train", meddle)
+    with pytest.raises(RuntimeError, match="training changed the base model's weights"):
+        run()
+    assert not Path("run/adapter").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_killed_in_the_middle_resumes_to_the_same_adapter(here, number):
+    steps = {"max_steps": 60, "save_steps": 3, "learning_rate": 0.05, "assignment": "uniform"}
+    whole = run("whole", **steps)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # Slowed down, so that the signal comes in the middle.
+    code = (
+        "import sys, time, transformers\n"
+        "step = transformers.Trainer.training_step\n"
+        "transformers.Trainer.training_step = lambda *a, **k: (time.sleep(0.2), step(*a, **k))[1]\n"
+        "from idp_peft_cli import main; main(sys.argv[1:])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "recover", *flags("run", **steps)], env=environment, stderr=subprocess.PIPE
+    )
+    deadline = time.time() + 180
+    while not list(Path("run").glob("checkpoint-[1-9]*")) and time.time() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(number)
+    errors = process.communicate()[1].decode()
+    assert process.returncode == {signal.SIGKILL: -signal.SIGKILL}.get(number, 130), errors
+    if number != signal.SIGKILL:
+        assert "run the same command again to go on" in errors
+        assert "Traceback" not in errors
+        assert json.loads(Path("run/run.json").read_text())["status"] == "interrupted"
+    assert not Path("run/adapter").exists()
+    resumed = run("run", **steps)
+    assert same(whole, resumed)
+    record = json.loads(Path("run/run.json").read_text())
+    assert record["status"] == "complete"
+    assert record["training"]["steps"] == 60
+
+
+def test_a_complete_run_is_not_trained_again(here, monkeypatch):
+    adapter = run()
+    before = (adapter / "adapter_model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(Trainer, "train", None)
+    assert run() == adapter
+    assert (adapter / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_folder_of_another_run_or_of_something_else_is_refused(here):
+    run(max_steps=1)
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(num_prompts: 3, now 2\)"):
+        run(max_steps=1, num_prompts=2)
+    run(max_steps=1, logging_steps=1)  # changes nothing in the adapter
+    with pytest.raises(ValueError, match="`output_dir` 'teacher' must be new, empty or a run to go on with"):
+        run("teacher")
+
+
+def test_a_base_that_cuts_gradients_is_refused_with_the_probes_words(here, monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", _detached(modeling_llama.LlamaMLP.forward))
+    monkeypatch.setattr(torch.nn.Linear, "forward", _detached(torch.nn.Linear.forward))
+    with pytest.raises(ValueError, match="`model` 'model' cannot be trained through: inference only, because"):
+        run()
+    assert not Path("run").exists()
+
+
+def _detached(forward):
+    return lambda *args, **kwargs: forward(*args, **kwargs).detach()
+
+
+def test_text_sampled_from_the_teacher_is_training_data_and_goes_on_where_it_was(here):
+    settings = {"dataset": "self", "teacher": "teacher", "self_samples": 20, "max_steps": 2}
+    run("whole", **settings)
+    lines = Path("whole/self_text.jsonl").read_text().splitlines()
+    assert len(lines) == 20
+    assert all(2 <= len(json.loads(line)) <= 16 for line in lines)
+    Path("run").mkdir()
+    Path("run/run.json").write_text(
+        Path("whole/run.json").read_text().replace('"complete"', '"running"').replace('"whole"', '"run"')
+    )
+    Path("run/self_text.jsonl").write_text("\n".join(lines[:11]) + "\n" + lines[11][:5])  # cut in the middle of a line
+    run("run", **settings)
+    assert Path("run/self_text.jsonl").read_text().splitlines() == lines
+    assert same(Path("whole/adapter"), Path("run/adapter"))
+
+
+def test_trainers_own_evaluation_reads_documents_kept_from_training(here):
+    run(eval_strategy="steps", eval_steps=3, load_best_model_at_end=True, save_steps=3, eval_share=0.25)
+    history = json.loads(Path("run/run.json").read_text())["training"]["history"]
+    assert len([entry for entry in history if "eval_loss" in entry]) == 2
+
+
+def test_budgets_are_counted_right(here):
+    from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+
+    model = tiny("llama")
+    counted = get_peft_model(tiny("llama"), LoraConfig(task_type="CAUSAL_LM", r=3, target_modules="all-linear"))
+    assert 3 * lora_parameters_per_rank(model, None) == counted.get_nb_trainable_parameters()[0]
+    counted = get_peft_model(tiny("llama"), LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj", "v_proj"]))
+    assert 3 * lora_parameters_per_rank(model, ["q_proj", "v_proj"]) == counted.get_nb_trainable_parameters()[0]
+    counted = get_peft_model(tiny("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    assert 5 * prefix_parameters_per_token(model.config) == counted.get_nb_trainable_parameters()[0]
+    each = lora_parameters_per_rank(model, None)
+    assert nearest_lora(model, 4 * each) == ("all-linear", 4)
+    small = lora_parameters_per_rank(model, ["q_proj", "v_proj"])
+    assert nearest_lora(model, small) == (["q_proj", "v_proj"], 1)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning", "lora"])
+def test_match_budget_gives_baselines_about_the_banks_parameters(here, method):
+    run(method=method, match_budget=True, max_steps=1, num_prompts=8, num_virtual_tokens=32)
+    found = json.loads(Path("run/run.json").read_text())["training"]["trainable_parameters"]
+    assert found == pytest.approx(8 * 32 * 32, rel=0.1)
+
+
+def test_a_short_document_is_padded_and_keeps_half_of_it_as_context():
+    batch = collate(training_examples([[5, 6, 7, 8, 9, 10], [5, 6]], 4))
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10], [5, 6, 0, 0, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1] * 6, [1, 1, 0, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, -100, 8, 9, 10], [-100, 6, -100, -100, -100, -100]]
+
+
+def test_the_command_prints_where_the_adapter_is(here, capsys):
+    main(["recover", *flags(max_steps=1)])
+    assert capsys.readouterr().out.strip().splitlines()[-1] == "adapter in run/adapter"
