@@ -6,8 +6,8 @@ import torch
 
 from idp_peft.compression.recipes import Recipe
 
-# No dense model has so many weights that are exactly zero.
-_SPARSE = 0.25
+# Dense weights that were once rounded to 3 bits have up to a quarter of exact zeros; pruned ones have half.
+_SPARSE = 0.4
 _GROUP_SIZES = (128, 64, 32, 16, 8)
 
 
@@ -56,7 +56,7 @@ def check_zeros(layers: dict[str, torch.nn.Linear], recipe: Recipe) -> None:
     Measured with llm-compressor 0.14.0.1 on a 2:4 model: up to one zero in sixteen is lost, and the pattern with it.
 
     Raises:
-        `ValueError`: where a quarter of the weights are zeros and the recipe would not keep them.
+        `ValueError`: where 40 % of the weights are zeros and the recipe would not keep them.
     """
     zeros = sum(int((layer.weight == 0).sum()) for layer in layers.values())
     share = zeros / sum(layer.weight.numel() for layer in layers.values())
