@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,7 +55,9 @@ def load_model(name_or_path: str | Path, for_training: bool = False, **from_pret
     where, gguf_file = find_model(name_or_path)
     quantization = {"quant_method": "gguf"} if gguf_file else quantization_of(where)
     arguments = {**_defaults(quantization, for_training), **from_pretrained_kwargs}
-    with _clear_errors(name_or_path, quantization):
+    with _clear_errors(name_or_path, quantization), warnings.catch_warnings():
+        # The part of it that says how to load does count.
+        warnings.filterwarnings("ignore", message="You passed `quantization_config` or equivalent parameters")
         model = AutoModelForCausalLM.from_pretrained(where, gguf_file=gguf_file, **arguments)
     if gguf_file:
         _forget_gguf(model)

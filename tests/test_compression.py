@@ -178,9 +178,24 @@ def test_rounding_through_torchao_needs_no_text_and_loads_plainly(dense):
 
 
 @needs_gptqmodel
-def test_gptqmodel_writes_packed_gptq_files(dense):
-    compress("llama", "gptq-4bit", "out", tiny_texts(), **FEW, backend="gptqmodel")
+@pytest.mark.parametrize("bits", [3, 4])
+def test_gptqmodel_writes_packed_gptq_files_that_train_only_when_loaded_for_it(dense, bits):
+    from transformers import LlamaForCausalLM
+
+    from idp_peft.loading import load_model
+    from tests.tiny import tiny
+
+    # It packs blocks of 32.
+    config = tiny("llama").config
+    config.hidden_size, config.intermediate_size, config.head_dim = 64, 128, 16
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained("wide")
+    tiny_tokenizer().save_pretrained("wide")
+    note = compress("wide", f"gptq-{bits}bit", "out", tiny_texts(), **{**FEW, "group_size": 32}, backend="gptqmodel")
+    assert note["measured"]["most_levels_in_a_group"] <= 2**bits
     assert any(key.endswith("qweight") for key in _keys("out"))
+    assert sorted(path.name for path in dense.iterdir()) == ["llama", "opt", "out", "wide"]
+    assert probe_gradients(load_model("out", for_training=True)).trainable
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,16 @@ def test_layers_that_cut_the_gradient_are_counted_and_named(kind):
     assert len(probe.severed) == 3
 
 
+def test_a_layer_whose_own_weight_wants_a_gradient_is_seen_to_cut_it():
+    class SeveredLinear(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.detach())
+
+    model = tiny("llama")
+    model.model.layers[1].mlp.up_proj.__class__ = SeveredLinear
+    assert probe_gradients(model).severed == ("model.layers.1.mlp.up_proj",)
+
+
 def test_a_layer_behind_one_that_cuts_is_asked_too():
     model = with_layer(Severed)
     for block in model.model.layers:
