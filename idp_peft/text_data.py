@@ -118,8 +118,10 @@ def token_blocks(
         return []
     blocks = []
     for ids in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
+        if len(ids) < max(2, min_tokens):
+            continue
         if len(ids) < length:
-            blocks += [ids] if len(ids) >= max(2, min_tokens) else []
+            blocks.append(ids)
         else:
             blocks += [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)[:per_document]]
     return blocks
