@@ -7,18 +7,21 @@ export OMP_NUM_THREADS ?= 1
 
 ifdef PY
 TEST_ENV :=
-DEMO_ENV :=
+COMPRESSION_ENV :=
+COMPRESSION_PY := $(PY)
 else
 PY := $(VENV)/bin/python
 TEST_ENV := $(VENV)/.test-ready
-DEMO_ENV := $(VENV)/.demo-ready
+COMPRESSION_ENV := $(VENV)-compression/.test-ready
+COMPRESSION_PY := $(VENV)-compression/bin/python
 endif
 
 .PHONY: demo test test-oldest test-compression lint
 
 # The two MALLOC settings spare page faults while training.
-demo: $(DEMO_ENV)
-	OMP_NUM_THREADS=2 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 $(PY) -m benchmarks.demo
+demo: $(COMPRESSION_ENV)
+	OMP_NUM_THREADS=2 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 \
+	  $(COMPRESSION_PY) -m benchmarks.demo
 
 test: $(TEST_ENV)
 	$(PY) -m ruff check .
@@ -29,8 +32,8 @@ test-oldest: $(VENV)-oldest/.test-ready
 	$(VENV)-oldest/bin/python -m pytest -n 2
 
 # GPTQ and SparseGPT: llm-compressor wants a range of transformers versions of its own.
-test-compression: $(VENV)-compression/.test-ready
-	$(VENV)-compression/bin/python -m pytest -n 2 tests/test_compression.py tests/test_loading.py tests/test_gradient_probe.py \
+test-compression: $(COMPRESSION_ENV)
+	$(COMPRESSION_PY) -m pytest -n 2 tests/test_compression.py tests/test_loading.py tests/test_gradient_probe.py \
 	  tests/test_pipeline.py
 
 lint: $(TEST_ENV)
@@ -52,13 +55,9 @@ $(VENV)-oldest/.test-ready: $(VENV)-oldest/.torch-ready pyproject.toml tests/old
 	touch $@
 
 $(VENV)-compression/.test-ready: $(VENV)-compression/.torch-ready pyproject.toml
-	$(VENV)-compression/bin/pip install -q -e ".[test,llmcompressor]"
+	$(VENV)-compression/bin/pip install -q -e ".[test,demo]"
 	touch $@
 
 $(VENV)/.test-ready: $(VENV)/.torch-ready pyproject.toml
 	$(VENV)/bin/pip install -q -e ".[test]"
-	touch $@
-
-$(VENV)/.demo-ready: $(VENV)/.torch-ready pyproject.toml
-	$(VENV)/bin/pip install -q -e ".[demo]"
 	touch $@

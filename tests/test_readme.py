@@ -10,16 +10,28 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 TABLES = {
-    "demo": "benchmarks/demo/results/demo.md",
+    "demo": "benchmarks/demo/results/report.md",
     "latency": "benchmarks/latency/results/latency.md",
-    "matrix": "benchmarks/compatibility/results/matrix.md",
 }
 
 
 @pytest.mark.parametrize("name", list(TABLES))
 def test_a_table_is_the_one_in_its_result_file(name):
     found = re.search(rf"<!-- {name}: begin -->\n(.*?)<!-- {name}: end -->", README, re.DOTALL).group(1)
-    assert found == (ROOT / TABLES[name]).read_text()
+    assert found.count("|") > 20
+    assert found in (ROOT / TABLES[name]).read_text()
+
+
+def test_the_counts_of_the_compatibility_matrix_are_its():
+    rows = (ROOT / "benchmarks/compatibility/results/matrix.md").read_text().splitlines()[2:]
+    idp, prompt_tuning = ([row.split("|")[column].strip() for row in rows] for column in (3, 4))
+    right, refused = prompt_tuning.count("right"), prompt_tuning.count("error")
+    sentence = (
+        f"Of the {len(rows)} features of forward and `generate` in the [matrix](benchmarks/compatibility/results/matrix.md), "
+        f"IDP gets {idp.count('right')} right; PEFT's prompt tuning gets {right} right, refuses {refused} and differs from "
+        f"the definition on {len(rows) - right - refused}"
+    )
+    assert sentence in " ".join(README.split())
 
 
 def test_every_file_the_readme_names_exists():

@@ -1,1 +1,1 @@
-"""The main job in its first form: damage a real model, train prompts, measure what came back. See README.md."""
+"""The whole job on a real model: compress, recover, evaluate, report. See README.md."""
