@@ -134,6 +134,12 @@ def test_a_wrong_yaml_file_is_named(tmp_path, content, text):
         parse("compress", ["--model", "x", "--output_dir", "y", "--config", str(tmp_path / "run.yaml")])
 
 
+def test_bfloat16_needs_no_further_flag_on_a_cpu(tmp_path):
+    _, arguments = parse("recover", ["--model", "m", "--output_dir", str(tmp_path), "--bf16"])
+    assert arguments.bf16
+    assert arguments.use_cpu or arguments.device.type != "cpu"
+
+
 def test_recover_takes_steps_or_epochs(tmp_path):
     needed = ["--model", "m", "--output_dir", str(tmp_path)]
     _, by_default = parse("recover", needed)

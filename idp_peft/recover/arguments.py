@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 DEFAULT_STEPS = 100
@@ -37,4 +38,6 @@ class RecoverArguments(TrainingArguments):
             self.num_train_epochs = 1.0
             if self.max_steps <= 0:
                 self.max_steps = DEFAULT_STEPS
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # as is plain; without it, `bf16` is refused
         super().__post_init__()
