@@ -196,3 +196,14 @@ def test_importing_the_package_imports_nothing_heavy():
     script = script.replace("print(", "idp_peft.evaluation.Perplexity; print(")  # that the check can fail
     pytest.importorskip("evaluate")
     assert "evaluate" in subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout
+
+
+def test_a_limit_draws_from_the_documents_that_have_something_to_score():
+    from idp_peft.evaluation import evaluate_model
+    from tests.tiny_folder import tiny_texts, tiny_tokenizer
+
+    texts = [text for pair in zip(tiny_texts(12, words=3), tiny_texts(12, words=20), strict=True) for text in pair]
+    result = evaluate_model(tiny("llama"), tiny_tokenizer(), texts=texts, dataset="text", limit=5, window=16, stride=12)
+    drawn = [int(item["id"]) for item in result["perplexity"]["text"]["items"]]
+    assert len(drawn) == 5
+    assert all(index % 2 == 1 for index in drawn), "the even ones are shorter than a window's context"

@@ -49,7 +49,6 @@ def score_documents(
     Raises:
         `ValueError`: for a wrong window or stride, a prompt that there is not, or texts with nothing to score.
     """
-    check_window(window, stride)
     check_prompt_id(model, prompt_id)
     windows = cut_texts(tokenizer, texts, window, stride)
     reads_window = stride == window
@@ -76,8 +75,9 @@ def cut_texts(tokenizer, texts: list[str], window: int, stride: int) -> list[Win
     """Windows of all documents, in their order.
 
     Raises:
-        `ValueError`: where no document has a token to score.
+        `ValueError`: for a wrong window or stride, or where no document has a token to score.
     """
+    check_window(window, stride)
     bos = tokenizer.bos_token_id
     front = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from idp_peft.evaluation.documents import score_documents
+from idp_peft.evaluation.documents import cut_texts, score_documents
 from idp_peft.evaluation.task_scores import sample_indices, score_tasks
 
 
@@ -28,8 +28,8 @@ def evaluate_model(
         texts (`list[str]`, *optional*): documents for perplexity; left out: not measured.
         dataset (`str`, defaults to `"text"`): what to call them in the result.
         tasks (`list[str]` or comma-separated `str`): local tasks, the harness's own, or `all_local`.
-        limit (`int`, *optional*): at most so many documents, and questions of each task, drawn by `seed`; the same ones
-            for every model.
+        limit (`int`, *optional*): at most so many documents (of those long enough to be scored), and questions of each
+            task, drawn by `seed`; the same ones for every model.
         window, stride, batch_size, each_prompt: see `score_documents` and `score_tasks`.
 
     Returns:
@@ -37,8 +37,10 @@ def evaluate_model(
     """
     perplexity = {}
     if texts is not None:
-        chosen = sample_indices(len(texts), limit, seed, dataset)
-        chosen = list(range(len(texts))) if chosen is None else chosen
+        # Drawn from the documents that have something to score: a collection may hold many that are too short.
+        long_enough = sorted({cut.document for cut in cut_texts(tokenizer, texts, window, stride)})
+        drawn = sample_indices(len(long_enough), limit, seed, dataset)
+        chosen = long_enough if drawn is None else [long_enough[index] for index in drawn]
         perplexity[dataset] = score_documents(
             model,
             tokenizer,
