@@ -13,7 +13,7 @@ from pathlib import Path
 _HERE = Path(__file__).parent
 TASKS = ["local_arc_easy", "local_piqa"]
 # Chosen by benchmarks/tuning; both methods get the same text, steps and teacher, and about the same number of parameters.
-TRAINING = ["--teacher", "default", "--max_steps", "40", "--min_tokens", "256"]
+TRAINING = ["--teacher", "default", "--max_steps", "30", "--min_tokens", "256"]
 METHODS = {"idp": ["--method", "idp"], "lora": ["--method", "lora", "--match_budget", "--learning_rate", "3e-3"]}
 
 
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
     parser.add_argument(
-        "--limit", type=int, default=24, help="documents, and questions per task (default: %(default)s)"
+        "--limit", type=int, default=20, help="documents, and questions per task (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
     began, seconds = time.perf_counter(), {}
