@@ -199,6 +199,7 @@ def test_a_folder_that_is_no_model_says_why(tmp_path):
         load_model(tmp_path)
     with pytest.raises(ValueError, match="got the file"):
         load_model(tmp_path / "adapter_config.json")
+    (tmp_path / "adapter_config.json").unlink()
     tiny("llama").config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"is no complete model: ") as error:
         load_model(tmp_path)
