@@ -61,7 +61,9 @@ def main(arguments: list[str] | None = None) -> None:
         started = time.perf_counter()
         if code := subprocess.run([sys.executable, "-m", "idp_peft_cli", *command]).returncode:
             raise SystemExit(code)
-        seconds[f"{command[0]} {command[-1]}"] = time.perf_counter() - started
+        seconds[" ".join(command[:1] + [word for word in command if word.startswith(str(options.folder))])] = (
+            time.perf_counter() - started
+        )
     total = time.perf_counter() - began
     (options.folder / "seconds.json").write_text(json.dumps({"total": total, **seconds}, indent=1) + "\n")
     report = options.folder / "report"
