@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-_HERE = Path(__file__).parent
 TASKS = ["local_arc_easy", "local_piqa"]
 # Chosen by benchmarks/tuning; both methods get the same text, steps and teacher, and about the same number of parameters.
 TRAINING = ["--teacher", "default", "--max_steps", "30", "--min_tokens", "256"]

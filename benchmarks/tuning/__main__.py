@@ -140,14 +140,10 @@ class Bench:
 
 def _load(name: str):
     import torch
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-    from idp_peft import assets
+    from idp_peft.loading import load_model
 
-    if name == "default":
-        return AutoModelForCausalLM.from_pretrained(assets.default_model(), dtype=torch.float32).eval()
-    config = CompressedTensorsConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, quantization_config=config).eval()
+    return load_model(name, dtype=torch.float32)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from tqdm.auto import tqdm
 
+from idp_peft.text_data import token_blocks
+
 _IGNORED = -100
 
 
@@ -66,11 +68,7 @@ def chunk_documents(tokenizer, documents: list[str], length: int, per_document: 
         per_document (`int`, *optional*): take at most so many from the front of each document. With 1, chunks are
             independent of each other, which a standard error assumes.
     """
-    chunks = []
-    for ids in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
-        starts = range(0, len(ids) - length + 1, length)[:per_document]
-        chunks += [ids[start : start + length] for start in starts]
-    return chunks
+    return token_blocks(tokenizer, documents, length, min_tokens=length, per_document=per_document)
 
 
 def mask_context(input_ids: torch.Tensor, context_tokens: int) -> torch.Tensor:

@@ -31,10 +31,7 @@ class DistillationTrainer(Trainer):
     """
 
     def __init__(self, *args, teacher: nn.Module, weight: float, temperature: float, **kwargs) -> None:
-        if not 0 < weight <= 1:
-            raise ValueError(f"`distillation_weight` must be above 0 and at most 1, got {weight}")
-        if not temperature > 0:
-            raise ValueError(f"`temperature` must be above 0, got {temperature}")
+        check_distillation(weight, temperature)
         super().__init__(*args, **kwargs)
         check_vocabulary(self.model, teacher)
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
@@ -78,6 +75,17 @@ def forward_kl(logits: torch.Tensor, target: torch.Tensor, temperature: float = 
     student = (logits.float() / temperature).log_softmax(-1)
     teacher = (target.float() / temperature).log_softmax(-1)
     return nn.functional.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
+
+
+def check_distillation(weight: float, temperature: float) -> None:
+    """
+    Raises:
+        `ValueError`: for a weight outside (0, 1], or a temperature that is not above 0.
+    """
+    if not 0 < weight <= 1:
+        raise ValueError(f"`distillation_weight` must be above 0 and at most 1, got {weight}")
+    if not temperature > 0:
+        raise ValueError(f"`temperature` must be above 0, got {temperature}")
 
 
 def check_vocabulary(model: nn.Module, teacher: nn.Module) -> None:

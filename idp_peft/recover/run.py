@@ -15,6 +15,7 @@ from idp_peft.evaluation import environment
 from idp_peft.fingerprint import fingerprint
 from idp_peft.gradient_probe import probe_gradients
 from idp_peft.loading import accepted_by_trainer, load_model, load_tokenizer
+from idp_peft.recover.distillation import check_distillation
 from idp_peft.recover.methods import LEARNING_RATES, corpus_starts, method_config
 from idp_peft.recover.run_folder import RunFolder
 from idp_peft.recover.self_text import sample_blocks
@@ -92,10 +93,7 @@ def _check(options) -> None:
         )
     if not 0 < options.eval_share < 1:
         raise ValueError(f"`eval_share` must be between 0 and 1, got {options.eval_share}")
-    if not 0 < options.distillation_weight <= 1:
-        raise ValueError(f"`distillation_weight` must be above 0 and at most 1, got {options.distillation_weight}")
-    if not options.temperature > 0:
-        raise ValueError(f"`temperature` must be above 0, got {options.temperature}")
+    check_distillation(options.distillation_weight, options.temperature)
 
 
 def _check_same_tokens(tokenizer, other) -> None:

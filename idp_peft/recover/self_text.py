@@ -24,8 +24,8 @@ def sample_blocks(teacher, tokenizer, count: int, length: int, seed: int, file: 
         seed (`int`): decides every token.
         file (`Path`): JSON lines.
     """
-    blocks = _read(file)[: count // _BATCH * _BATCH if count > _BATCH else 0] if file.exists() else []
-    blocks = blocks[: len(blocks) // _BATCH * _BATCH]
+    blocks = _read(file)[:count] if file.exists() else []
+    blocks = blocks[: len(blocks) // _BATCH * _BATCH]  # whole batches: a batch is drawn at once
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(block) + "\n" for block in blocks))
     ordinary = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
