@@ -3,12 +3,28 @@
 Importing this package registers the method with PEFT and changes nothing else.
 """
 
+import importlib
+
 from idp_peft.config import IDPConfig, IDPPeftType
 from idp_peft.model import IDPModel
 from idp_peft.registration import register
 from idp_peft.selection import Selection
 
 __version__ = "0.1.0"
-__all__ = ["IDPConfig", "IDPModel", "IDPPeftType", "Selection"]
+# What is done with an adapter, name -> the module that holds it: imported when first used.
+_ON_USE = {
+    "load": "loading",
+    "compose": "composition",
+    "split": "composition",
+    "selection_report": "analysis",
+    "SelectionCallback": "analysis",
+}
+__all__ = ["IDPConfig", "IDPModel", "IDPPeftType", "Selection", *_ON_USE]
 
 register()
+
+
+def __getattr__(name: str):
+    if name not in _ON_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_ON_USE[name]}"), name)
