@@ -1,113 +1,148 @@
 """`python -m benchmarks.latency`: what an adapter adds to a request, side by side on one machine.
 
-All contestants sit on copies of the same base and take turns, so that noise hits them alike; results are medians and their
-ratios to the base alone.
+All contestants sit on the same weights and take turns, so that noise hits them alike. Each turn is one `generate`, timed
+token by token; every turn goes into the result file, and the tables and plots are made from that file alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import time
 from pathlib import Path
 
-CONTESTANTS = ("base alone", "IDP", "PEFT prompt tuning", "PEFT LoRA, rank 16")
 RESULTS = Path(__file__).parent / "results"
+PARTS = ("requests", "prompts", "lengths", "memory")
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.latency", description=__doc__)
-    parser.add_argument("--model", help="folder or hub id (default: SmolLM2-135M-Instruct, fetched)")
-    parser.add_argument("--tokens-in", type=int, default=128)
+    parser.add_argument("--base", default="default", help="folder, hub id, 'default' or 'random-1b'")
+    parser.add_argument("--label", help="name of the base in tables and of the result files (default: --base)")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--inputs", nargs="+", type=int, default=[32, 128, 512], help="tokens in")
     parser.add_argument("--tokens-out", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--banks", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64], help="M of part 'prompts'")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[8, 32, 128], help="k of part 'lengths'")
     parser.add_argument("--num-prompts", type=int, default=4)
     parser.add_argument("--num-virtual-tokens", type=int, default=32)
-    parser.add_argument("--output", type=Path, default=RESULTS / "latency.json")
-    return parser.parse_args()
+    parser.add_argument("--repetitions", type=int, default=9, help="turns of each contestant, after one to warm up")
+    parser.add_argument("--output", type=Path, help="default: results/<label>.json beside this file")
+    options = parser.parse_args(arguments)
+    options.label = options.label or Path(options.base).name
+    options.output = options.output or RESULTS / f"{options.label}.json"
+    return options
 
 
-def contestant(name: str, folder, options: argparse.Namespace):
-    """One model with its method, in evaluation mode."""
-    import torch
-    from peft import LoraConfig, PromptTuningConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+def cases(options: argparse.Namespace) -> list[dict]:
+    """What is measured, part by part: `{part, batch, tokens_in, tokens_out, contestants}`."""
+    from benchmarks.contestants import METHODS
 
-    from idp_peft import IDPConfig
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
-    tokens = options.num_virtual_tokens
-    configs = {
-        "IDP": IDPConfig(task_type="CAUSAL_LM", num_prompts=options.num_prompts, num_virtual_tokens=tokens),
-        "PEFT prompt tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens),
-        "PEFT LoRA, rank 16": LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"),
+    shape = {"tokens_out": options.tokens_out}
+    bank = {"num_prompts": options.num_prompts, "num_virtual_tokens": options.num_virtual_tokens}
+    everyone = {method: {"method": method, **bank} for method in METHODS}
+    base, one = {"base alone": {"method": "base alone"}}, {"batch": 1, "tokens_in": 128, **shape}
+    banks = {f"IDP, M = {m}": {"method": "IDP", **bank, "num_prompts": m} for m in options.banks}
+    lengths = {
+        f"{method}, k = {k}": {"method": method, **bank, "num_virtual_tokens": k}
+        for k in options.lengths
+        for method in ("IDP", "prompt tuning")
     }
-    return (get_peft_model(base, configs[name]) if name in configs else base).eval()
+    found = {
+        "requests": [
+            {"part": "requests", "batch": batch, "tokens_in": tokens, **shape, "contestants": everyone}
+            for tokens in options.inputs
+            for batch in options.batches
+        ],
+        "prompts": [{"part": "prompts", **one, "contestants": base | banks}],
+        "lengths": [{"part": "lengths", **one, "contestants": base | lengths}],
+    }
+    return [case for part in options.parts for case in found.get(part, [])]
 
 
-def timed(model, ids, tokens: int) -> float:
-    """Seconds of one `generate` of exactly `tokens` tokens."""
+def timed(model, ids, tokens_out: int) -> dict[str, float]:
+    """Seconds of one `generate` of exactly `tokens_out` tokens: to the first of them, to the end, and per further one."""
     import torch
+    from transformers import StoppingCriteria, StoppingCriteriaList
 
-    began = time.perf_counter()
+    class Clock(StoppingCriteria):
+        """Asked after every token; never stops."""
+
+        def __init__(self) -> None:
+            self.ticks: list[float] = []
+
+        def __call__(self, input_ids, scores, **kwargs):
+            self.ticks.append(now())
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    clock, began = Clock(), now()
     model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
+        max_new_tokens=tokens_out,
+        min_new_tokens=tokens_out,
         do_sample=False,
+        stopping_criteria=StoppingCriteriaList([clock]),
     )
+    ended = now()
+    further = (clock.ticks[-1] - clock.ticks[0]) / max(1, tokens_out - 1)
+    return {"first": clock.ticks[0] - began, "further": further, "whole": ended - began}
+
+
+def now() -> float:
+    """The time, once a GPU has done all that it was given."""
+    import torch
+
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter()
 
 
-def table(medians: dict[str, dict[str, float]]) -> str:
-    lines = ["| | time to first token | whole generate | per further token |", "|---|---|---|---|"]
-    for name, times in medians.items():
-        cells = [
-            f"{1000 * seconds:.1f} ms ({seconds / medians['base alone'][of]:.2f})" for of, seconds in times.items()
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    options = parse()
+def run(case: dict, base, record, repetitions: int) -> None:
+    """Let all contestants of a case take turns."""
     import torch
-    import transformers
     from tqdm.auto import tqdm
 
-    from benchmarks.demo.report import environment
-    from idp_peft import assets
+    from benchmarks.contestants import with_method
+
+    key = {name: value for name, value in case.items() if name != "contestants"}
+    if all(record.has(case=key, contestant=c, repetition=r) for c in case["contestants"] for r in range(repetitions)):
+        return
+    models = {name: with_method(base, **settings) for name, settings in case["contestants"].items()}
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, base.config.vocab_size, (case["batch"], case["tokens_in"]), generator=generator)
+    ids = ids.to(base.device)
+    with torch.inference_mode():
+        for model in models.values():
+            timed(model, ids, 2)  # warms up: IDP computes its prompt cache there, once
+        bar = tqdm(range(repetitions), desc=", ".join(f"{name} {value}" for name, value in key.items()))
+        for repetition in bar:
+            names = list(models)
+            for name in names[repetition % len(names) :] + names[: repetition % len(names)]:
+                if not record.has(case=key, contestant=name, repetition=repetition):
+                    record.add(
+                        case=key, contestant=name, repetition=repetition, **timed(models[name], ids, case["tokens_out"])
+                    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    import transformers
+
+    from benchmarks.contestants import Record, load_base
+    from benchmarks.latency.memory import measure_memory
+    from benchmarks.latency.tables import write_tables
 
     transformers.utils.logging.set_verbosity_error()
-    torch.manual_seed(0)
-    folder = options.model or assets.default_model()
-    models = {name: contestant(name, folder, options) for name in CONTESTANTS}
-    vocabulary = models["base alone"].config.vocab_size
-    ids = torch.randint(10, vocabulary, (options.batch, options.tokens_in)).to(models["base alone"].device)
-    times = {name: {"first": [], "whole": []} for name in CONTESTANTS}
-    with torch.inference_mode():
-        for repetition in tqdm(range(options.repetitions + 1), desc="repetitions"):
-            for name, model in models.items():
-                first, whole = timed(model, ids, 1), timed(model, ids, options.tokens_out)
-                if repetition:  # the first turn warms up: IDP computes its prompt cache there, once
-                    times[name]["first"].append(first)
-                    times[name]["whole"].append(whole)
-    medians = {}
-    for name, measured in times.items():
-        first, whole = (statistics.median(measured[part]) for part in ("first", "whole"))
-        medians[name] = {"first": first, "whole": whole, "further": (whole - first) / (options.tokens_out - 1)}
-    settings = {name: value for name, value in vars(options).items() if not isinstance(value, Path)}
-    record = {"settings": settings, "environment": environment(), "medians": medians, "times": times}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
-    options.output.with_suffix(".md").write_text(table(medians))
-    print(table(medians))
+    not_settings = ("output", "parts", "batches", "inputs", "banks", "lengths", "repetitions")
+    settings = {name: value for name, value in vars(options).items() if name not in not_settings}
+    record = Record(options.output, settings)
+    base = load_base(options.base)
+    for case in cases(options):
+        run(case, base, record, options.repetitions)
+    if "memory" in options.parts:
+        measure_memory(options, record)
+    write_tables(options.output)
 
 
 if __name__ == "__main__":

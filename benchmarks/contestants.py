@@ -1,0 +1,113 @@
+"""The models that are compared: one base, held once in memory, under every method."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+
+METHODS = ("base alone", "IDP", "prompt tuning", "prefix tuning", "LoRA, rank 16", "LoRA, budget-matched")
+# A Llama of a billion parameters with random weights: speed does not depend on their values.
+RANDOM_1B = dict(
+    vocab_size=32_000,
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_hidden_layers=22,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    max_position_embeddings=2048,
+    tie_word_embeddings=True,
+)
+
+
+def load_base(name: str):
+    """`"default"`, a folder, a hub id, or `"random-1b"`; float32 on a CPU, the first GPU where there is one."""
+    if name != "random-1b":
+        from idp_peft.loading import load_model
+
+        return load_model(name, for_training=True)
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    on_gpu = torch.cuda.is_available()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**RANDOM_1B))
+    return (model.to("cuda", torch.bfloat16) if on_gpu else model).eval()
+
+
+def with_method(base, method: str, num_prompts: int = 4, num_virtual_tokens: int = 32, **idp):
+    """A model with a method of `METHODS` on `base`'s own weights, in evaluation mode; `base` stays as it is.
+
+    Args:
+        num_prompts, num_virtual_tokens (`int`): M and k of IDP's bank; k of prompt and prefix tuning; the budget.
+        idp: further fields of `IDPConfig`.
+    """
+    import torch
+    from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+    from idp_peft import IDPConfig
+    from idp_peft.recover.methods import nearest_lora
+
+    model = _sharing_weights(base)
+    if method == "base alone":
+        return model.eval()
+    common = {"task_type": "CAUSAL_LM"}
+    if method == "IDP":
+        config = IDPConfig(num_prompts=num_prompts, num_virtual_tokens=num_virtual_tokens, **common, **idp)
+    elif method == "prompt tuning":
+        config = PromptTuningConfig(num_virtual_tokens=num_virtual_tokens, **common)
+    elif method == "prefix tuning":
+        config = PrefixTuningConfig(num_virtual_tokens=num_virtual_tokens, **common)
+    elif method == "LoRA, rank 16":
+        config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", **common)
+    elif method == "LoRA, budget-matched":
+        budget = num_prompts * num_virtual_tokens * base.get_input_embeddings().embedding_dim
+        targets, rank = nearest_lora(base, budget)
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, **common)
+    else:
+        raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
+    torch.manual_seed(0)
+    return get_peft_model(model, config).eval()
+
+
+def _sharing_weights(base):
+    """A copy whose tensors are the base's own: contestants share memory, and caches hit them alike."""
+    kept = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+    return copy.deepcopy(base, kept)
+
+
+class Record:
+    """A result file that grows turn by turn and is gone on with where it was left.
+
+    Args:
+        path (`Path`): the JSON file.
+        settings (`dict`): what was asked for; a file with others is refused.
+    """
+
+    def __init__(self, path: Path, settings: dict) -> None:
+        from idp_peft.evaluation import environment
+
+        self.path = path
+        self.content = {"settings": settings, "environment": environment(), "turns": []}
+        if path.is_file():
+            self.content = json.loads(path.read_text())
+            if self.content["settings"] != settings:
+                raise SystemExit(f"{path} holds a run with other settings: remove it, or give another --output")
+        self._done = {self._key(turn) for turn in self.content["turns"]}
+
+    def has(self, **what) -> bool:
+        return self._key(what) in self._done
+
+    def add(self, **turn) -> None:
+        """Keep one turn: what was measured (`case`, `contestant`, `repetition`), and its numbers."""
+        self.content["turns"].append(turn)
+        self._done.add(self._key(turn))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.content, indent=0) + "\n")
+        os.replace(temporary, self.path)
+
+    @staticmethod
+    def _key(turn: dict) -> str:
+        return json.dumps([turn["case"], turn["contestant"], turn["repetition"]], sort_keys=True)
