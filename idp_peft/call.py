@@ -20,7 +20,7 @@ class Call:
 
     Args:
         owner (`IDPLayer`): the layer this call speaks to; others ignore it.
-        prompt_ids (`torch.Tensor`, *optional*): `[batch]`, forced prompts.
+        prompt_ids (*optional*): forced prompts, as the caller wrote them (see `prompt_ids.py`).
         selection_mask (`torch.Tensor`, *optional*): `[batch, n]`, tokens that may steer the choice.
         labels (`torch.Tensor`, *optional*): `[batch, n]`; the choice reads what stands before the first label.
         generating (`bool`): whether this is a `generate`, whose choice is made once and kept.
@@ -32,7 +32,7 @@ class Call:
     """
 
     owner: object
-    prompt_ids: torch.Tensor | None = None
+    prompt_ids: object = None
     selection_mask: torch.Tensor | None = None
     labels: torch.Tensor | None = None
     generating: bool = False

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from idp_peft import call as calls
 from idp_peft.probe import attention_at_layer
 from idp_peft.prompt_cache import PromptCache
+from idp_peft.prompt_ids import AUTO, CHOOSES, check_prompt_ids
 from idp_peft.random_choice import choose_random
 from idp_peft.selection import (
     Selection,
-    check_prompt_ids,
     context_tokens,
     deal_evenly,
     scores_from_attention,
@@ -26,33 +28,70 @@ def prompts_for(layer, kwargs: dict, real: torch.Tensor, prompt_cache: PromptCac
         real (`torch.Tensor`): bool `[batch, n]`, the attention mask.
         prompt_cache (`PromptCache`, *optional*): one computed in this step, to be read instead of the remembered one.
     """
-    config, batch = layer.active_config, len(real)
+    batch = len(real)
     call = calls.current_call(layer) or calls.Call(layer)
     rows = call.batch if call.generating else batch  # `generate` repeats each row for its beams
-    training = layer.training and not call.generating
-    if call.chosen is not None:
-        selection = call.chosen
-    elif call.prompt_ids is not None:
-        selection = Selection(check_prompt_ids(call.prompt_ids, rows, config.num_prompts))
-    elif training and config.assignment == "uniform":
-        selection = Selection(deal_evenly(batch, config.num_prompts))
-    elif training and config.assignment == "all":
-        raise ValueError(
-            "assignment='all' works through the model's own forward with `labels`, not by calling its decoder"
-        )
-    elif training and call.labels is None and call.selection_mask is None:
-        raise ValueError(
-            "assignment='selected' needs `labels` or `selection_mask` in the model's call, so that targets cannot steer "
-            "the choice (Trainer's label smoothing takes the labels out of it)"
-        )
-    else:
+    selection = call.chosen
+    if selection is None:
         given = (slice(None, None, batch // rows), slice(call.tokens))  # without beams and drafted tokens
         inputs = {name: kwargs[name][given] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None}
-        selection = select(layer, inputs, real[given], call.selection_mask, call.labels, prompt_cache)
+        selection = choose(call, inputs, real[given], prompt_cache)
     if call.generating:
         call.chosen = selection
     layer.remember(selection)
     return selection.prompt_ids.repeat_interleave(batch // rows)
+
+
+def choose(call: calls.Call, inputs: dict, real: torch.Tensor, prompt_cache: PromptCache | None = None) -> Selection:
+    """The prompt of each row of a call's own input: forced where the call says so, assigned or selected elsewhere.
+
+    Args:
+        call (`Call`): what it asks for.
+        inputs (`dict`), real (`torch.Tensor`), prompt_cache (`PromptCache`, *optional*): as in [`select`].
+    """
+    config = call.owner.active_config
+    if call.prompt_ids is None:
+        selection = _assign_or_select(call, inputs, real, prompt_cache)
+    else:
+        forced = check_prompt_ids(call.prompt_ids, len(real), config.num_prompts, config.prompt_names)
+        rows = torch.tensor([row for row, chosen in enumerate(forced.tolist()) if chosen == CHOOSES], dtype=torch.long)
+        selection = Selection(forced)
+        if len(rows):
+            selection = _put(
+                _assign_or_select(call, inputs, real, prompt_cache, rows), rows, forced, config.num_prompts
+            )
+    return replace(selection, prompt_names=config.prompt_names)
+
+
+def _put(selection: Selection, rows: torch.Tensor, forced: torch.Tensor, num_prompts: int) -> Selection:
+    """What some rows chose, among what the others were given."""
+    prompt_ids = forced.to(selection.prompt_ids.device, copy=True)
+    prompt_ids[rows] = selection.prompt_ids
+    if selection.scores is None:
+        return Selection(prompt_ids)
+    scores = selection.scores.new_full((len(forced), num_prompts), torch.nan)
+    scores[rows] = selection.scores
+    return Selection(prompt_ids, scores)
+
+
+def _assign_or_select(call: calls.Call, inputs: dict, real: torch.Tensor, prompt_cache, rows=None) -> Selection:
+    """What rows get whose prompt is not forced: int64 `rows`, all by default."""
+    layer = call.owner
+    config = layer.active_config
+    if layer.training and not call.generating:
+        if config.assignment == "uniform":
+            return Selection(deal_evenly(len(real) if rows is None else len(rows), config.num_prompts))
+        if config.assignment == "all":
+            raise ValueError(
+                "assignment='all' works through the model's own forward with `labels`, not by calling its decoder, and "
+                f"not with {AUTO!r} among `prompt_ids`"
+            )
+        if call.labels is None and call.selection_mask is None:
+            raise ValueError(
+                "assignment='selected' needs `labels` or `selection_mask` in the model's call, so that targets cannot "
+                "steer the choice (Trainer's label smoothing takes the labels out of it)"
+            )
+    return select(layer, inputs, real, call.selection_mask, call.labels, prompt_cache, rows)
 
 
 def select(
@@ -62,6 +101,7 @@ def select(
     selection_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
     prompt_cache: PromptCache | None = None,
+    rows: torch.Tensor | None = None,
 ) -> Selection:
     """Select a prompt for each row by the active adapter's rule (`config.selection`).
 
@@ -73,14 +113,19 @@ def select(
         labels (`torch.Tensor`, *optional*): `[batch, n]`; without a `selection_mask`, the choice reads what stands
             before a row's first label.
         prompt_cache (`PromptCache`, *optional*): to be read instead of the remembered one.
+        rows (`torch.Tensor`, *optional*): int64 `[choosing]`, on the CPU: the rows that choose. The result is theirs
+            alone, in this order; all rows by default.
 
     Raises:
         `ValueError`: where a row has no token to choose by.
     """
     config = layer.active_config
     if config.selection == "fixed" or config.num_prompts == 1:
-        return Selection(torch.full((len(real),), config.fixed_prompt, device=real.device))
-    context = context_tokens(real, selection_mask, labels)
+        choosing = len(real) if rows is None else len(rows)
+        return Selection(torch.full((choosing,), config.fixed_prompt, device=real.device))
+    context = context_tokens(real, selection_mask, labels, rows)
+    if rows is not None:
+        inputs, real = {name: value[rows] for name, value in inputs.items()}, real[rows]
     if config.selection == "random":
         return Selection(choose_random(_content(inputs), context, config.num_prompts, config.selection_seed))
     if prompt_cache is None:

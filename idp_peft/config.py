@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from peft import PeftConfig, TaskType
 
+from idp_peft.prompt_ids import AUTO, number_of
+
 
 class IDPPeftType(str, enum.Enum):
     """The key under which PEFT and transformers know the method.
@@ -48,6 +50,11 @@ class IDPConfig(PeftConfig):
             k, the length of every prompt in tokens, or one length per prompt (each at least 1). `None` is allowed with
             `init="text"` alone: each prompt is then as long as its text. 32 is a whole number of cache blocks in the
             common serving engines.
+        prompt_names (`list[str]`, *optional*):
+            What the prompts are called, one distinct name per prompt: `prompt_ids` then takes names as well as numbers
+            (`model(..., prompt_ids=["arc", "boolq", None, "auto"])`), and `last_selection.names` gives them. `"auto"`
+            is no name: it lets a row choose beside forced ones. Where `prompt_ids` must be a tensor (a dataset's column
+            for `Trainer`), [`~IDPConfig.prompt_id`] turns a name into its number.
         selection (`str`, defaults to `"attention"`):
             Who picks. `"attention"`: the equation above. `"random"`: a hash of the context's token ids and
             `selection_seed`, so the same input always gets the same prompt, alone or in a batch; the baseline every
@@ -92,6 +99,7 @@ class IDPConfig(PeftConfig):
     num_virtual_tokens: int | list[int] | None = field(
         default=32, metadata={"help": "k, tokens per prompt: one int, or one length per prompt."}
     )
+    prompt_names: list[str] | None = field(default=None, metadata={"help": "One distinct name per prompt."})
     selection: str = field(default="attention", metadata={"help": f"Who picks a prompt: one of {SELECTIONS}."})
     selection_layer: int = field(default=0, metadata={"help": "Layer whose attention decides; negative from the end."})
     selection_reduction: str = field(default="mean", metadata={"help": f"One of {REDUCTIONS}."})
@@ -119,6 +127,7 @@ class IDPConfig(PeftConfig):
                 raise ValueError(f"`{name}` must be None, got {value!r}: IDP trains its prompts and nothing else")
         _check_int("num_prompts", self.num_prompts, low=1)
         self._check_lengths()
+        self._check_names()
         for name, allowed in (
             ("selection", SELECTIONS),
             ("selection_reduction", REDUCTIONS),
@@ -156,6 +165,26 @@ class IDPConfig(PeftConfig):
         else:
             _check_int("num_virtual_tokens", lengths, low=1)
 
+    def _check_names(self) -> None:
+        names = self.prompt_names
+        if names is None:
+            return
+        if not isinstance(names, (list, tuple)) or len(names) != self.num_prompts:
+            count = f"{len(names)} names {list(names)}" if isinstance(names, (list, tuple)) else repr(names)
+            raise ValueError(
+                f"`prompt_names` must be a list of one name per prompt (num_prompts={self.num_prompts}), got {count}"
+            )
+        for index, name in enumerate(names):
+            if not isinstance(name, str) or not name.strip():
+                raise ValueError(f"`prompt_names` must hold names that are not empty, got {name!r}")
+            if name == AUTO:
+                raise ValueError(
+                    f"`prompt_names` must not hold {AUTO!r}, which in `prompt_ids` lets a row choose, got {list(names)}"
+                )
+            if name in names[:index]:
+                raise ValueError(f"`prompt_names` must hold distinct names, got {name!r} twice in {list(names)}")
+        self.prompt_names = list(names)
+
     def _check_text_init(self) -> None:
         if self.init == "text":
             if not isinstance(self.init_text, (list, tuple)) or len(self.init_text) != self.num_prompts:
@@ -183,6 +212,16 @@ class IDPConfig(PeftConfig):
         if isinstance(self.num_virtual_tokens, list):
             return list(self.num_virtual_tokens)
         return [self.num_virtual_tokens] * self.num_prompts
+
+    def prompt_id(self, name: str | None) -> int:
+        """The number of the prompt of this name, for `prompt_ids` that must be a tensor; -1 (no prompt) for `None`.
+
+            dataset = dataset.map(lambda row: {"prompt_ids": config.prompt_id(row["task"])})
+
+        Raises:
+            `ValueError`: for an unknown name, or where `prompt_names` is `None`.
+        """
+        return -1 if name is None else number_of(name, self.num_prompts, self.prompt_names)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):

@@ -29,8 +29,9 @@ from idp_peft.input_checks import (
     refuse_without_own_generate,
 )
 from idp_peft.prompt_cache import check_finite
+from idp_peft.prompt_ids import CHOOSES, check_prompt_ids
 from idp_peft.prompted_cache import PromptPart, adopt, decoder_view, is_prompted
-from idp_peft.selection import Selection, check_prompt_ids
+from idp_peft.selection import Selection
 
 
 @dataclass
@@ -138,7 +139,9 @@ class DecoderCall:
         rows = call.batch if call.generating else batch
         kept = part.prompt_ids[:: batch // rows]
         if call.prompt_ids is not None:
-            forced = check_prompt_ids(call.prompt_ids, rows, layer.active_bank.num_prompts).to(kept.device)
+            config = layer.active_config
+            forced = check_prompt_ids(call.prompt_ids, rows, config.num_prompts, config.prompt_names).to(kept.device)
+            forced = torch.where(forced == CHOOSES, kept, forced)
             if not torch.equal(forced, kept):
                 raise ValueError(
                     f"`prompt_ids` {forced.tolist()} differ from those `past_key_values` was started with, "
@@ -148,7 +151,7 @@ class DecoderCall:
             raise ValueError(
                 "`selection_mask` cannot steer a choice that `past_key_values` was started with: start a new cache"
             )
-        layer.remember(Selection(kept))
+        layer.remember(Selection(kept, prompt_names=layer.active_config.prompt_names))
 
     # ------------------------------------------------------------------ a fresh input
 

@@ -11,20 +11,20 @@ import torch
 from transformers import GenerationConfig, StaticCache
 
 from idp_peft.call import Call, running
-from idp_peft.choice import select
+from idp_peft.choice import choose
+from idp_peft.prompt_ids import CHOOSES, check_prompt_ids
 from idp_peft.prompted_cache import adopt, is_prompted
-from idp_peft.selection import Selection, check_prompt_ids
 
 _STATIC = ("static", "offloaded_static", "hybrid", "sliding_window", "offloaded_hybrid", "hybrid_chunked")
 
 
-def generate(layer, args: tuple, kwargs: dict, prompt_ids: torch.Tensor | None, selection_mask: torch.Tensor | None):
+def generate(layer, args: tuple, kwargs: dict, prompt_ids, selection_mask: torch.Tensor | None):
     """The base model's `generate(*args, **kwargs)`, with one prompt per row.
 
     Args:
         layer (`IDPLayer`): whose active adapter is applied.
         args (`tuple`), kwargs (`dict`): arguments of transformers' `generate`.
-        prompt_ids (`torch.Tensor`, *optional*): int64 `[batch]`, forced prompts.
+        prompt_ids (*optional*): forced prompts: int64 `[batch]`, or whatever [`check_prompt_ids`] accepts.
         selection_mask (`torch.Tensor`, *optional*): bool `[batch, n]`.
     """
     inputs, config, *_ = (*args, None, None)
@@ -36,8 +36,11 @@ def generate(layer, args: tuple, kwargs: dict, prompt_ids: torch.Tensor | None, 
         return layer.model.generate(*args, **kwargs)
     if config is not None:
         args, kwargs = args[:1], {**kwargs, "generation_config": config}
+    some_choose = prompt_ids is None
     if prompt_ids is not None:
-        prompt_ids = check_prompt_ids(prompt_ids, len(source), layer.active_bank.num_prompts)
+        names = layer.active_config.prompt_names
+        forced = check_prompt_ids(prompt_ids, len(source), layer.active_bank.num_prompts, names)
+        some_choose = bool((forced == CHOOSES).any())
     settings = _Settings(kwargs.get("generation_config") or layer.model.generation_config, kwargs)
     kwargs = _make_room(layer, source, settings, kwargs)
     kept = kwargs.get("past_key_values") is not None or settings.get("return_dict_in_generate")
@@ -51,7 +54,7 @@ def generate(layer, args: tuple, kwargs: dict, prompt_ids: torch.Tensor | None, 
         total=None if kept else settings.total_tokens(source.shape[1]),
     )
     with running(call):
-        if settings.get("prefill_chunk_size") is not None and prompt_ids is None:
+        if some_choose and settings.get("prefill_chunk_size") is not None:
             kwargs = _choose_before_chunks(call, source, kwargs, settings)
         return layer.model.generate(*args, **kwargs)
 
@@ -80,7 +83,7 @@ def _choose_before_chunks(call: Call, source: torch.Tensor, kwargs: dict, settin
             raise ValueError("generate(prefill_chunk_size=...) needs `attention_mask` for an input with padding tokens")
         mask = torch.ones(source.shape[:2], dtype=torch.long, device=source.device)
     name = "inputs_embeds" if source.is_floating_point() else "input_ids"
-    call.chosen: Selection = select(call.owner, {name: source}, mask.bool(), call.selection_mask)
+    call.chosen = choose(call, {name: source}, mask.bool())
     call.owner.remember(call.chosen)
     return {**kwargs, "attention_mask": mask}
 

@@ -26,11 +26,21 @@ class Selection:
         prompt_ids (`torch.Tensor`): int64 `[batch]`, the prompt of each row; -1 where a row was given none. (While
             `assignment="all"` trains: `[M * batch]`, prompt after prompt.)
         scores (`torch.Tensor`, *optional*): float32 `[batch, M]`, the score of each prompt (the equation above);
-            `None` where nothing was compared (forced, random, fixed or assigned).
+            `None` where nothing was compared (forced, random, fixed or assigned). Beside rows that choose ("auto"),
+            forced rows have NaN.
+        prompt_names (`list[str]`, *optional*): what the adapter calls its M prompts.
     """
 
     prompt_ids: torch.Tensor
     scores: torch.Tensor | None = None
+    prompt_names: list[str] | None = None
+
+    @property
+    def names(self) -> list[str | None] | None:
+        """The name of each row's prompt, `None` for a row without one; `None` where prompts have no names."""
+        if self.prompt_names is None:
+            return None
+        return [None if chosen < 0 else self.prompt_names[chosen] for chosen in self.prompt_ids.tolist()]
 
 
 @dataclass(frozen=True)
@@ -168,15 +178,21 @@ def deal_evenly(batch: int, num_prompts: int) -> torch.Tensor:
 
 
 def context_tokens(
-    attention_mask: torch.Tensor, selection_mask: torch.Tensor | None, labels: torch.Tensor | None
+    attention_mask: torch.Tensor,
+    selection_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """ctx(x): the tokens the choice may look at, bool `[batch, n]`.
+    """ctx(x): the tokens the choice may look at, bool `[batch, n]`, of all rows or of those that choose.
 
     `selection_mask` decides where it is given. Else, where `labels` are given, the tokens before a row's first label
     (a row without such tokens reads all of them). Padding never counts.
 
+    Args:
+        rows (`torch.Tensor`, *optional*): int64 `[choosing]`, the rows that choose; all by default.
+
     Raises:
-        `ValueError`: where a row has no token to choose by.
+        `ValueError`: where a row that chooses has no token to choose by.
     """
     real = attention_mask.bool()
     if selection_mask is not None:
@@ -194,28 +210,9 @@ def context_tokens(
         hint = None
     else:
         context, hint = real, None
+    context = context if rows is None else context[rows]
     if not (has_context := context.any(-1)).all():
-        rows = (~has_context).nonzero().flatten().tolist()
+        empty = (~has_context).nonzero().flatten().cpu()
         hint = hint or "`attention_mask` has no real token in row(s) {rows}: drop them, or force `prompt_ids`"
-        raise ValueError(hint.format(rows=rows))
+        raise ValueError(hint.format(rows=(empty if rows is None else rows[empty]).tolist()))
     return context
-
-
-def check_prompt_ids(prompt_ids: torch.Tensor, batch: int, num_prompts: int) -> torch.Tensor:
-    """Forced prompts, checked: int64 `[batch]`, each from -1 (no prompt for that row) to M-1.
-
-    Raises:
-        `ValueError`: on another shape, type or range.
-    """
-    prompt_ids = torch.as_tensor(prompt_ids)
-    if prompt_ids.shape != (batch,) or prompt_ids.is_floating_point() or prompt_ids.dtype == torch.bool:
-        raise ValueError(
-            f"`prompt_ids` must be integers of shape [{batch}], one per row, got {prompt_ids.dtype} of shape "
-            f"{list(prompt_ids.shape)}"
-        )
-    prompt_ids = prompt_ids.long()
-    if batch and (int(prompt_ids.min()) < -1 or int(prompt_ids.max()) >= num_prompts):
-        raise ValueError(
-            f"`prompt_ids` must be between -1 (no prompt) and {num_prompts - 1}, got {prompt_ids.tolist()}"
-        )
-    return prompt_ids

@@ -83,7 +83,7 @@ def score_chunks(
     model,
     chunks: list[list[int]],
     context_tokens: int,
-    prompt_id: int | None = None,
+    prompt_id: int | str | None = None,
     batch_size: int = 4,
     description: str | None = None,
 ) -> ChunkScores:
@@ -94,7 +94,8 @@ def score_chunks(
         chunks (`list[list[int]]`): token ids, all of one length.
         context_tokens (`int`): tokens at the front of each chunk that are read but not scored, at least 1. IDP's choice
             reads these and no others.
-        prompt_id (`int`, *optional*): force this prompt of an IDP model's bank (-1: no prompt); by default it chooses.
+        prompt_id (`int` or `str`, *optional*): force this prompt of an IDP model's bank, by number or name (-1: no
+            prompt); by default it chooses.
         batch_size (`int`, defaults to `4`): chunks per forward pass.
         description (`str`, *optional*): shows a progress bar with this text.
 
@@ -112,7 +113,7 @@ def score_chunks(
         for start in tqdm(range(0, len(chunks), batch_size), desc=description, disable=description is None):
             input_ids = torch.tensor(chunks[start : start + batch_size], device=model.device)  # [B, n]
             labels = mask_context(input_ids, context_tokens)
-            forced = {} if prompt_id is None else {"prompt_ids": input_ids.new_full((len(input_ids),), prompt_id)}
+            forced = {} if prompt_id is None else {"prompt_ids": prompt_id}
             # `labels` tell IDP where the context ends; the loss they bring is a mean over the batch, not needed here.
             logits = model(input_ids=input_ids, labels=labels, use_cache=False, **forced).logits
             nats.append(_nats(logits[:, context_tokens - 1 : -1], input_ids[:, context_tokens:]))

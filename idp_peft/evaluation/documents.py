@@ -23,7 +23,7 @@ def score_documents(
     window: int = 256,
     stride: int = 192,
     batch_size: int = 4,
-    prompt_id: int | None = None,
+    prompt_id: int | str | None = None,
     ids: list[str] | None = None,
     each_prompt: bool = False,
 ) -> dict:
@@ -37,7 +37,8 @@ def score_documents(
         stride (`int`, defaults to `192`): tokens scored at the end of a window, from 1 to `window`. With
             `stride == window` there is no context, and IDP's choice reads the scored window itself.
         batch_size (`int`, defaults to `4`): windows per forward pass.
-        prompt_id (`int`, *optional*): force this prompt of an IDP model (-1: none); by default it chooses.
+        prompt_id (`int` or `str`, *optional*): force this prompt of an IDP model, by number or name (-1: none); by default
+            it chooses.
         ids (`list[str]`, *optional*): names of the documents; by default their numbers.
         each_prompt (`bool`): score with every prompt of the bank forced as well (`nats_by_prompt`).
 
@@ -49,7 +50,7 @@ def score_documents(
     Raises:
         `ValueError`: for a wrong window or stride, a prompt that there is not, or texts with nothing to score.
     """
-    check_prompt_id(model, prompt_id)
+    prompt_id = check_prompt_id(model, prompt_id)
     windows = cut_texts(tokenizer, texts, window, stride)
     reads_window = stride == window
     nats, prompts = _score(model, windows, batch_size, reads_window, prompt_id, "perplexity")

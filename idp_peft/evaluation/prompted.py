@@ -6,7 +6,7 @@ import torch
 
 from idp_peft.choice import select
 from idp_peft.layer import IDPLayer
-from idp_peft.selection import check_prompt_ids
+from idp_peft.prompt_ids import AUTO, check_prompt_ids
 
 
 def idp_layer(model) -> IDPLayer | None:
@@ -34,18 +34,20 @@ def is_prompt_learning(model) -> bool:
     return config is not None and config.is_prompt_learning
 
 
-def check_prompt_id(model, prompt_id: int | None) -> None:
-    """
+def check_prompt_id(model, prompt_id: int | str | None) -> int | None:
+    """The number of a prompt that is to be forced, given by number or name; `None` where each input is to choose.
+
     Raises:
         `ValueError`: where a prompt is forced on a model without a bank, or on one without that prompt.
     """
-    if prompt_id is None:
-        return
-    if (prompts := num_prompts(model)) is None:
+    if prompt_id is None or prompt_id == AUTO:
+        return None
+    if (layer := idp_layer(model)) is None:
         raise ValueError(
             f"`prompt_id` needs a model with an active IDP adapter, got prompt_id={prompt_id} for one without"
         )
-    check_prompt_ids(torch.tensor([prompt_id]), 1, prompts)
+    config = layer.active_config
+    return int(check_prompt_ids(prompt_id, 1, config.num_prompts, config.prompt_names))
 
 
 def pad_right(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
