@@ -29,9 +29,9 @@ def check_weights(source: str, subfolder: str | None, hub_arguments: dict, confi
     Raises:
         `ValueError`: for a pickled or truncated file, missing or unexpected keys, or another shape.
     """
-    path = _find(source, subfolder, hub_arguments, SAFETENSORS_WEIGHTS_NAME)
+    path = find_file(source, subfolder, hub_arguments, SAFETENSORS_WEIGHTS_NAME)
     if path is None:
-        pickled = _find(source, subfolder, hub_arguments, WEIGHTS_NAME)
+        pickled = find_file(source, subfolder, hub_arguments, WEIGHTS_NAME)
         if pickled is not None:
             raise ValueError(
                 f"IDP adapters are safetensors files: {pickled} is pickled and could run code when loaded; ask for "
@@ -47,7 +47,7 @@ def check_weights(source: str, subfolder: str | None, hub_arguments: dict, confi
     check_shapes(shapes, config, width, str(path))
 
 
-def _find(source: str, subfolder: str | None, hub_arguments: dict, name: str) -> str | None:
+def find_file(source: str, subfolder: str | None, hub_arguments: dict, name: str) -> str | None:
     """The path of a file of an adapter, downloaded where it lies on the Hub; `None` where there is none to be had."""
     folder = os.path.join(source, subfolder or "")
     if os.path.isdir(folder):
