@@ -1,0 +1,50 @@
+"""Measuring a model without leaving a trace: modes, the latest choice and random numbers are what they were."""
+
+from __future__ import annotations
+
+import random
+import sys
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def quietly(model, layer):
+    """Evaluation mode without gradients; every module's own mode and `last_selection` come back, after errors too.
+
+    Args:
+        model (`nn.Module`): any wrapping of the model.
+        layer (`IDPLayer`): whose latest choice is kept.
+    """
+    training = [module for module in model.modules() if module.training]
+    before = layer.last_selection
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        layer.remember(before)
+
+
+@contextmanager
+def same_random_numbers(device: torch.device):
+    """Whatever is drawn inside, the generators of Python, numpy and torch go on as if nothing had been.
+
+    Args:
+        device (`torch.device`): the model's; its generator is kept as well.
+    """
+    python, numpy, torch_state = random.getstate(), sys.modules.get("numpy"), torch.get_rng_state()
+    numpy_state = None if numpy is None else numpy.random.get_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        torch.set_rng_state(torch_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
