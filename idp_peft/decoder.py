@@ -168,6 +168,11 @@ def position_limit(decoder: nn.Module) -> int | None:
     return None
 
 
+def has_learned_positions(decoder: nn.Module) -> bool:
+    """Whether positions are looked up in a learned table, so that where a text starts changes what it means."""
+    return any(isinstance(getattr(decoder, name, None), nn.Embedding) for name in _POSITION_TABLES)
+
+
 def embedding_dtype(embeddings: nn.Module, decoder: nn.Module) -> torch.dtype:
     """The dtype in which the decoder expects its input embeddings."""
     dtype = embeddings.weight.dtype

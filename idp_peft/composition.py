@@ -1,0 +1,250 @@
+"""One bank out of many adapters, and many adapters out of one bank: no training, every prompt as it was."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from peft import PromptTuningConfig, TaskType, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+
+from idp_peft.base_skeleton import position_counts_bank, prompt_width, skeleton
+from idp_peft.config import IDPConfig
+from idp_peft.prompt_sources import PromptSource, distinct, read_prompts
+
+# What the adapters say, and the arguments of `compose` for it.
+_GIVEN = {
+    "num_prompts": "adapters",
+    "num_virtual_tokens": "adapters",
+    "prompt_names": "names",
+    "base_model_name_or_path": "base_model",
+    "init": "adapters",
+}
+# Where all banks among the adapters agree, the new one does as they do.
+_INHERITED = ("selection", "selection_layer", "selection_reduction", "selection_seed", "assignment", "revision")
+
+
+def compose(adapters, output_dir, names=None, base_model=None, **config_fields) -> IDPConfig:
+    """One IDP adapter that holds the prompts of many: forced to prompt i, it gives what adapter i gave alone.
+
+        idp_peft.compose(["prompts/arc", "prompts/boolq", "me/piqa-prompt"], "bank")
+        model = AutoPeftModelForCausalLM.from_pretrained("bank")
+        model(**batch, prompt_ids=["arc", "boolq", "auto"])
+
+    Prompts are copied, never trained or averaged. The paper (arXiv 2310.00867, section 3) makes its collections of
+    prompts in this way: each is trained alone, and inputs choose among them.
+
+    Args:
+        adapters (`list`): IDP banks and PEFT's prompt tuning, p-tuning and multitask prompt
+            tuning adapters (one prompt per task), in any mixture. Each one is a folder or a Hub id; a loaded `PeftModel`
+            (its active adapter, or `(model, "name")`); or a pair `(adapter, prompts)` that takes some of its prompts,
+            by number or name: `("bank", ["arc", 2])`.
+        output_dir (`str`): the folder to write, in PEFT's format. An adapter that is there is replaced.
+        names (`list[str]`, *optional*): `prompt_names` of the new bank, one per prompt. By default the names in a bank;
+            for an adapter with one prompt the last part of its folder's, repository's or loaded adapter's name; for one
+            with several without names, that and a number. Where two are alike the later one gets a number.
+        base_model (`str` or `PreTrainedModel`, *optional*): the base, as a folder, a Hub id or the loaded model (which is
+            not touched; its weights are not needed). Defaults to the one that the adapters name.
+        config_fields: further fields of [`IDPConfig`], such as `selection_layer`. By default those on which all banks among
+            the adapters agree, else `IDPConfig`'s own.
+
+    Where one prompt is not exactly what it was: with learned positions (GPT-2, OPT), and rotary frequencies that follow
+    the length, every input starts at position K, that of the bank's longest prompt, as the definition of the method has
+    it. A prompt from an adapter with another K then answers differently, and a warning says so: compose prompts of one
+    length, or make a bank per length. With all other positions (rotary, ALiBi) lengths do not matter.
+
+    Returns:
+        `IDPConfig`: the new adapter's configuration.
+
+    Raises:
+        `ValueError`: without adapters, for prompts of different widths or another width than the base's, for another
+            method (LoRA, prefix tuning), task type or an encoder-decoder, for a pickled or broken file, for names that
+            are not distinct, for a base that cannot be found, and where `output_dir` is one of the adapters.
+
+    Warns:
+        where adapters name different bases and `base_model` does not settle it, and where a prompt is not exactly what
+        it was.
+    """
+    for name in _GIVEN.keys() & config_fields.keys():
+        raise ValueError(
+            f"`{name}` follows from `{_GIVEN[name]}`, it cannot be given to `compose`: got {config_fields[name]!r}"
+        )
+    sources = _read(adapters)
+    _check_output(output_dir, sources)
+    prompts = [prompt for source in sources for prompt in source.prompts]
+    if names is None:
+        names = distinct(name for source in sources for name in source.names)
+    elif isinstance(names, str) or len(names := list(names)) != len(prompts):
+        raise ValueError(f"`names` must be a list of one name per prompt, {len(prompts)}, got {names!r}")
+    base = _base(sources, base_model)
+    lengths = [len(prompt) for prompt in prompts]
+    config = IDPConfig(
+        task_type=TaskType.CAUSAL_LM,
+        num_prompts=len(prompts),
+        num_virtual_tokens=lengths[0] if len(set(lengths)) == 1 else lengths,
+        prompt_names=names,
+        base_model_name_or_path=base.name_or_path or None,
+        **{**_agreed(sources), **config_fields},
+    )
+    _warn_of_positions(base, sources, names, max(lengths))
+    model = get_peft_model(base, config)
+    with torch.no_grad():
+        model.base_model.layer.active_bank.weight.copy_(torch.cat(prompts))
+    model.save_pretrained(output_dir, save_embedding_layers=False)
+    return config
+
+
+def split(adapter, output_dir, base_model=None) -> list[str]:
+    """Each prompt of an adapter as a PEFT prompt tuning adapter of its own, which gives what the bank gives when that
+    prompt is forced, in programs that know nothing of IDP: the reverse of [`compose`].
+
+        idp_peft.split("bank", "prompts")  # prompts/arc, prompts/boolq, ...
+        PeftModel.from_pretrained(base, "prompts/arc")
+
+    PEFT's prompt tuning is right for rows without padding: it gives no `position_ids`, so that left padding counts.
+
+    Args:
+        adapter: as one of `adapters` in [`compose`]; `("bank", ["arc"])` splits off some prompts.
+        output_dir (`str`): the folder to hold one folder per prompt, named after it (characters that do not belong in a
+            file's name become `_`), or after the adapter and the prompt's number where prompts have no names.
+        base_model (`str` or `PreTrainedModel`, *optional*): as in [`compose`].
+
+    Returns:
+        `list[str]`: the folders, in the order of the prompts.
+
+    Raises:
+        `ValueError`: as [`compose`]; and with learned positions, or rotary frequencies that follow the length, for a
+            prompt that is shorter than the longest of its bank: an input behind it starts at position K, which PEFT's
+            prompt tuning cannot do.
+    """
+    source = read_prompts(adapter)
+    folders = [Path(output_dir) / name for name in distinct(_file_name(name) for name in source.names)]
+    for folder in folders:
+        _check_output(folder, [source])
+    base = _base_to_split(source, base_model)
+    decoder_config = None if base is None else base.config.get_text_config(decoder=True)
+    shared = PromptTuningConfig(
+        task_type=TaskType.CAUSAL_LM,
+        inference_mode=True,
+        base_model_name_or_path=source.base_name if base is None else base.name_or_path or None,
+        revision=source.config.revision,
+        token_dim=source.width,
+        num_transformer_submodules=1,
+        num_layers=getattr(decoder_config, "num_hidden_layers", None),
+        num_attention_heads=getattr(decoder_config, "num_attention_heads", None),
+    )
+    for folder, prompt in zip(folders, source.prompts, strict=True):
+        folder.mkdir(parents=True, exist_ok=True)
+        shared.num_virtual_tokens = len(prompt)
+        shared.save_pretrained(str(folder))
+        save_file(
+            {"prompt_embeddings": prompt.contiguous()}, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"}
+        )
+    return [str(folder) for folder in folders]
+
+
+def _read(adapters) -> list[PromptSource]:
+    """Every adapter's prompts, all of one width."""
+    if isinstance(adapters, (str, Path, tuple)) or not isinstance(adapters, Iterable):
+        raise ValueError(f"`adapters` must be a list of adapters, got {adapters!r}")
+    sources = [read_prompts(adapter) for adapter in adapters]
+    if not sources:
+        raise ValueError("`adapters` must hold at least one adapter, got none")
+    for source in sources:
+        if source.width != sources[0].width:
+            raise ValueError(
+                f"adapters must be of one base model: the prompts of {sources[0].label} have width {sources[0].width}, those "
+                f"of {source.label} {source.width}"
+            )
+    return sources
+
+
+def _base(sources: list[PromptSource], base_model):
+    """The base of all sources, without weights."""
+    named = [source for source in sources if source.base_name]
+    settled = base_model is not None
+    if not settled:
+        for source in named:
+            if not _is_same_place(source.base_name, named[0].base_name):
+                warnings.warn(
+                    f"{named[0].label} was made for the base model {named[0].base_name!r}, {source.label} for "
+                    f"{source.base_name!r}: the new adapter names the first. Pass `base_model=` if they are one model",
+                    stacklevel=3,
+                )
+        live = next((source.model for source in sources if source.model is not None), None)
+        base_model = live if live is not None else named[0].base_name if named else None
+    if base_model is None:
+        raise ValueError(f"{sources[0].label} does not name its base model: pass `base_model=`")
+    base = skeleton(base_model)
+    if named and not (settled and base.name_or_path):
+        base.name_or_path = named[0].base_name
+    if prompt_width(base) != sources[0].width:
+        raise ValueError(
+            f"the prompts of {sources[0].label} have width {sources[0].width}, the embeddings of the base model "
+            f"{base.name_or_path or type(base).__name__!r} {prompt_width(base)}"
+        )
+    return base
+
+
+def _base_to_split(source: PromptSource, base_model):
+    """The base, where it can be had; where lengths are equal, prompts can be split off without it."""
+    unequal = any(len(prompt) != source.longest for prompt in source.prompts)
+    try:
+        base = _base([source], base_model)
+    except ValueError:
+        if unequal or base_model is not None:
+            raise
+        return None
+    if unequal and position_counts_bank(base):
+        short = [
+            name for name, prompt in zip(source.names, source.prompts, strict=True) if len(prompt) != source.longest
+        ]
+        raise ValueError(
+            f"the prompts {short} of {source.label} are shorter than its longest, {source.longest} tokens: on a "
+            f"{base.config.model_type} model an input behind them starts at position {source.longest}, which PEFT's prompt "
+            "tuning cannot do. Split off the others alone: split((adapter, prompts), ...)"
+        )
+    return base
+
+
+def _warn_of_positions(base, sources: list[PromptSource], names: list[str], longest: int) -> None:
+    moved = [source.longest for source in sources for _ in source.prompts]
+    moved = {name: start for name, start in zip(names, moved, strict=True) if start != longest}
+    if moved and position_counts_bank(base):
+        warnings.warn(
+            f"on a {base.config.model_type} model every input of this bank starts at position {longest}, so these prompts do "
+            f"not give exactly what they gave alone (where it started at): {moved}. Compose prompts of one length, or make a "
+            "bank for each length",
+            stacklevel=3,
+        )
+
+
+def _agreed(sources: list[PromptSource]) -> dict:
+    """What all banks among the sources (all sources, for the base's revision) say alike."""
+    banks = [source.config for source in sources if isinstance(source.config, IDPConfig)]
+    agreed = {}
+    for name in _INHERITED:
+        values = [getattr(config, name) for config in (banks if name != "revision" else [s.config for s in sources])]
+        if values and all(value == values[0] for value in values) and values[0] != "fixed":
+            agreed[name] = values[0]
+    return agreed
+
+
+def _check_output(folder, sources: list[PromptSource]) -> None:
+    for source in sources:
+        if source.model is None and _is_same_place(source.label, str(folder)):
+            raise ValueError(
+                f"`output_dir` would replace the adapter {source.label} that is read: choose another folder"
+            )
+
+
+def _is_same_place(one: str, other: str) -> bool:
+    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name).strip(".") or "prompt"
