@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +15,7 @@ from idp_peft.config import IDPConfig
 from idp_peft.decoder import check_selection_layer, embedding_width, find_decoder
 from idp_peft.generation import generate
 from idp_peft.layer import IDPLayer
+from idp_peft.peft_model import adopt
 from idp_peft.prompt_bank import text_token_ids
 from idp_peft.selection import Selection
 
@@ -44,6 +46,10 @@ class IDPModel(BaseTuner):
     prefix = "idp_"
     tuner_layer_cls = IDPLayer
     target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(self, model: nn.Module, *args, **kwargs) -> None:
+        super().__init__(model, *args, **kwargs)
+        adopt(sys._getframe(1))
 
     # ------------------------------------------------------------------ injection
 

@@ -1,0 +1,163 @@
+"""PEFT's model classes with a card, and a push, that know IDP."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import FrameType
+
+from peft import PeftModel, PeftModelForCausalLM
+
+from idp_peft.base_model import base_of
+from idp_peft.card_results import Results, read_results
+from idp_peft.config import IDPConfig
+from idp_peft.hub import push
+from idp_peft.model_card import CardFacts, write_card
+
+
+class KnowsItsCard:
+    """What PEFT writes and pushes for any adapter, right for an IDP one.
+
+    Why a class of our own: PEFT's `create_or_update_model_card` puts the path of a local base into the metadata, which the
+    Hub refuses, and transformers' `push_to_hub` writes a generic card over it. Both are methods of the `PeftModel`, and
+    PEFT makes that one itself, of a class that follows from the task type; a method brings only the tuner inside of it. So
+    where PEFT makes our tuner for a `PeftModel`, that one instance becomes one of the classes below ([`adopt`]). Nothing of
+    PEFT is patched, and models with another method stay what they are.
+    """
+
+    @property
+    def model_tags(self) -> list[str]:
+        """The base's tags and `"idp"`, `"soft-prompt"`: what trainers put on the cards they write. The base keeps its own."""
+        return [*(getattr(self.get_base_model(), "model_tags", None) or []), "idp", "soft-prompt"]
+
+    def create_or_update_model_card(self, output_dir: str, results=None) -> None:
+        """Write README.md into a folder, or renew our part of the one that is there.
+
+        Args:
+            output_dir (`str`): the folder.
+            results (`str`, `Path` or a list of them, *optional*): result files of `idp-peft evaluate`, or folders of them,
+                with one of this adapter among them. Without any, a card says nothing of results: those it had before may be
+                those of other weights.
+
+        Raises:
+            `FileNotFoundError`, `ValueError`: for `results` that are none, or none of this adapter.
+        """
+        place = _repository_of_trainer(sys._getframe(1)) or Path(output_dir).absolute().name
+        _write_card(self, Path(output_dir) / "README.md", place, _results(self, results), [])
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | None = None,
+        results=None,
+    ):
+        """Save the adapters into a repository on the Hub: config, one safetensors file, and a card.
+
+        As transformers' own, with the right card and errors that say how far it came. A card that is in the repository
+        keeps what others wrote into it.
+
+        Args:
+            repo_id (`str`): `"user/name"`, or a name of the user's own.
+            commit_message, commit_description, private, token, revision, create_pr: as transformers' `push_to_hub`.
+            max_shard_size: not used, an adapter is one file.
+            tags (`list[str]`, *optional*): further tags of the card.
+            results: as `create_or_update_model_card`.
+
+        Returns:
+            `CommitInfo`: where the commit is; a `str`, its URL.
+
+        Raises:
+            `PushError`: where a step failed: which one, what is in the repository, and what to do.
+            `FileNotFoundError`, `ValueError`: for `results` that are none, or none of this adapter.
+        """
+        measured = _results(self, results)
+
+        def save(folder: Path) -> None:
+            self.save_pretrained(str(folder))
+            (folder / "README.md").unlink()
+
+        def describe(file: Path, repo_id: str) -> None:
+            _write_card(self, file, repo_id, measured, list(tags or []))
+
+        return push(
+            save,
+            describe,
+            repo_id,
+            commit_message=commit_message or "Upload model",
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+class IDPPeftModel(KnowsItsCard, PeftModel):
+    """A `PeftModel` whose adapters are IDP's."""
+
+
+class IDPPeftModelForCausalLM(KnowsItsCard, PeftModelForCausalLM):
+    """A `PeftModelForCausalLM` whose adapters are IDP's."""
+
+
+_OURS = {PeftModel: IDPPeftModel, PeftModelForCausalLM: IDPPeftModelForCausalLM}
+
+
+def adopt(frame: FrameType) -> None:
+    """Give the `PeftModel` whose constructor runs in `frame` our class, where it is one of PEFT's own two.
+
+    Args:
+        frame (`FrameType`): the caller of our tuner's constructor. transformers' own adapter methods, which make no
+            `PeftModel`, and sub-classes of somebody else are left alone.
+    """
+    if frame.f_code is PeftModel.__init__.__code__:
+        model = frame.f_locals["self"]
+        model.__class__ = _OURS.get(type(model), type(model))
+
+
+# Functions and not methods: a `PeftModel` is a torch module, which has private names of its own.
+
+
+def _results(model: PeftModel, sources) -> Results | None:
+    config = next(iter(_configs(model).values()))
+    return read_results(sources, config.num_prompts, _number_of_parameters(model))
+
+
+def _configs(model: PeftModel) -> dict[str, IDPConfig]:
+    """Sub-folder -> config, as `save_pretrained` lays adapters out, the root first."""
+    places = {"" if name == "default" else name: config for name, config in model.peft_config.items()}
+    return dict(sorted(places.items(), key=lambda item: item[0] != ""))
+
+
+def _number_of_parameters(model: PeftModel) -> int:
+    first = next(iter(_configs(model))) or "default"
+    return model.base_model.layer.idp_prompts[first].weight.numel()
+
+
+def _write_card(model: PeftModel, file: Path, place: str, results: Results | None, tags: list[str]) -> None:
+    configs, base = _configs(model), model.get_base_model()
+    name = next(iter(configs.values())).base_model_name_or_path or getattr(base, "name_or_path", None)
+    facts = CardFacts(
+        place=place,
+        base=base_of(name, getattr(base, "config", None)),
+        adapters=configs,
+        parameters=_number_of_parameters(model),
+        results=results,
+        training=None if results is None else results.ours.get("training"),
+        tags=[*model.model_tags, *tags],
+    )
+    write_card(file, facts)
+
+
+def _repository_of_trainer(frame: FrameType) -> str | None:
+    """The repository that a `Trainer` pushes to, when it is the one that asks for a card; it does not hand the id on."""
+    trainer = frame.f_locals.get("self") if frame.f_code.co_name == "create_model_card" else None
+    return getattr(trainer, "hub_model_id", None)
