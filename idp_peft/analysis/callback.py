@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 import torch
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from idp_peft.analysis.examples import read_examples
@@ -73,8 +75,9 @@ def _in_order(loader, count: int):
     """The first examples of a loader's dataset as its collator makes them, without iterating over the loader: that would
     draw a random number, and move the state that accelerate keeps of loaders that a training step goes on with."""
     dataset = loader.dataset
-    items = iter(dataset) if not hasattr(dataset, "__getitem__") else (dataset[i] for i in range(len(dataset)))
-    for item, _ in zip(items, range(count), strict=False):
+    streams = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__")
+    items = dataset if streams else (dataset[number] for number in range(len(dataset)))
+    for item in itertools.islice(items, count):
         batch = loader.collate_fn([item])
         yield {name: value[0] for name, value in batch.items() if isinstance(value, torch.Tensor) and value.ndim == 2}
 
