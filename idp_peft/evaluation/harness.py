@@ -14,6 +14,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from tqdm.auto import tqdm
 
+from idp_peft.evaluation.harness_type import register_model_type
 from idp_peft.evaluation.prompted import (
     check_prompt_id,
     choose,
@@ -25,6 +26,10 @@ from idp_peft.evaluation.prompted import (
 )
 from idp_peft.evaluation.requests import Request, Row, group, rows, shared_context
 
+register_model_type()
+# Rows of a choice where the harness finds its batch size by itself: a choice costs a fraction of one layer.
+_CHOICE_ROWS = 16
+
 
 class HarnessModel(HFLM):
     """A model in memory: dense, compressed, or with an adapter of any kind.
@@ -35,22 +40,27 @@ class HarnessModel(HFLM):
         2. Rows carry an attention mask, and log-softmax is taken in float32.
         3. Prompt positions are taken off the model's length before over-long requests are cut at the left.
         4. PEFT's own prompt methods generate one row at a time: they are wrong in left-padded batches.
+        5. Each task is scored by itself, so that its numbers do not depend on the tasks it runs together with.
+        6. A rolling text (perplexity tasks) is cut as the harness cuts it, and each window chooses by what it reads and
+           does not score: the prefix token for the first, the token before it for a further one, more for the last.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): the model.
         tokenizer: its tokenizer.
         batch_size (`int`, defaults to `4`): rows per forward pass.
-        prompt_id (`int`, *optional*): force this prompt of an IDP model on every request (-1: none).
+        prompt_id (`int` or `str`, *optional*): force this prompt of an IDP model, by number or name, on every request
+            (-1: none).
         max_length (`int`, *optional*): longest input in tokens; by default the model's own limit.
 
     Attributes:
-        prompts (`dict`): `(task name, doc id)` to the prompt of that question; empty for a model without a bank.
+        prompts (`dict`): `(task name, doc id)` to the prompt of that question (of a rolling text: the list of its
+            windows' prompts); empty for a model without a bank.
     """
 
     def __init__(
-        self, model, tokenizer, batch_size: int = 4, prompt_id: int | None = None, max_length: int | None = None
+        self, model, tokenizer, batch_size: int = 4, prompt_id: int | str | None = None, max_length: int | None = None
     ):
-        check_prompt_id(model, prompt_id)
+        prompt_id = check_prompt_id(model, prompt_id)
         log = logging.getLogger("lm_eval.models.huggingface")
         level = log.level
         log.setLevel(logging.ERROR)  # it warns that a model in memory ignores options which are not given here
@@ -60,9 +70,13 @@ class HarnessModel(HFLM):
             )
         finally:
             log.setLevel(level)
+        self._begin(prompt_id)
+
+    def _begin(self, prompt_id: int | None) -> None:
         self.prompt_id = prompt_id
-        self.prompts: dict[tuple[str | None, int | None], int] = {}
+        self.prompts: dict[tuple[str | None, int | None], int | list[int]] = {}
         self._questions: list[Hashable] | None = None
+        self._windows: list[int] | None = None
         self._strings: list[str] = []
         self._prompt_of: dict[str, int] = {}
 
@@ -74,15 +88,38 @@ class HarnessModel(HFLM):
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of each request's continuation, and whether greedy decoding would have produced it."""
-        # An empty context is a question of its own: the unconditional likelihood of an answer.
-        self._questions = [
-            (request.task_name, number if request.doc_id is None else request.doc_id, request.args[0] != "")
-            for number, request in enumerate(requests)
-        ]
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for numbers in group([request.task_name for request in requests]).values():
+            # An empty context is a question of its own: the unconditional likelihood of an answer.
+            self._questions = [
+                (request.task_name, number if request.doc_id is None else request.doc_id, request.args[0] != "")
+                for number, request in ((number, requests[number]) for number in numbers)
+            ]
+            try:
+                of_task = super().loglikelihood([requests[number] for number in numbers], disable_tqdm=disable_tqdm)
+            finally:
+                self._questions = None
+            for number, answer in zip(numbers, of_task, strict=True):
+                answers[number] = answer
+        return answers
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, window by window."""
+        self._windows = []
         try:
-            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+            answers = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+            start = 0
+            for request in requests if self._windows else ():
+                stop = start + self._window_count(request.args[0])
+                self.prompts[request.task_name, request.doc_id] = self._windows[start:stop]
+                start = stop
         finally:
-            self._questions = None
+            self._windows = None
+        return answers
+
+    def _window_count(self, text: str) -> int:
+        tokens, longest = len(self.tok_encode(text)), self.max_length
+        return -(-tokens // longest)
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -90,18 +127,28 @@ class HarnessModel(HFLM):
         questions = self._questions if self._questions is not None else list(range(len(requests)))
         prompts = self._prompts_for(requests, questions)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        batch_size = override_bs or self.batch_size
-        waiting = rows(requests, prompts, self.max_length)
+        waiting, start, self.batch_sizes = rows(requests, prompts, self.max_length), 0, {}
         with tqdm(total=len(waiting), desc="log-likelihoods", disable=disable_tqdm) as bar:
-            for start in range(0, len(waiting), batch_size):
-                batch = waiting[start : start + batch_size]
+            while start < len(waiting):
+                batch = waiting[start : start + (override_bs or self._rows_at(start, waiting))]
                 for number, answer in self._score(batch):
                     answers[number] = answer
+                start += len(batch)
                 bar.update(len(batch))
         for (strings, _, _), answer in zip(requests, answers, strict=True):
             if strings is not None:
                 self.cache_hook.add_partial("loglikelihood", strings, answer)
         return answers
+
+    def _rows_at(self, start: int, waiting: list[Row]) -> int:
+        """Rows of the next forward pass. With `batch_size="auto"`, as many as fit (rows come longest first), found once,
+        or with `"auto:N"` anew for each N-th of the rows."""
+        if self.batch_size != "auto":
+            return self.batch_size
+        part = start * max(1, int(self.batch_schedule)) // len(waiting)
+        if part not in self.batch_sizes:
+            self.batch_sizes[part] = self._detect_batch_size([(None, list(waiting[start].tokens), [0])])
+        return self.batch_sizes[part]
 
     def _prompts_for(self, requests: list[Request], questions: list[Hashable]) -> list[int | None]:
         """The prompt of each request, the same for all requests of a question; `None` for a model without a bank."""
@@ -114,13 +161,16 @@ class HarnessModel(HFLM):
             shared = [
                 shared_context([requests[index] for index in members], self.max_length) for members in groups.values()
             ]
-            chosen = choose(self.model, [tokens or [self.prefix_token_id] for tokens in shared], self.batch_size)
+            at_once = _CHOICE_ROWS if self.batch_size == "auto" else self.batch_size
+            chosen = choose(self.model, [tokens or [self.prefix_token_id] for tokens in shared], at_once)
         prompts: list[int | None] = [None] * len(requests)
         for (question, members), prompt in zip(groups.items(), chosen, strict=True):
             for index in members:
                 prompts[index] = prompt
             if isinstance(question, tuple) and question[2]:
                 self.prompts[question[:2]] = prompt
+        if self._windows is not None:
+            self._windows += prompts
         return prompts
 
     def _score(self, batch: list[Row]) -> list[tuple[int, tuple[float, bool]]]:

@@ -1,0 +1,95 @@
+"""The command line of lm-evaluation-harness, as it is, with the model type `idp` and the local tasks in addition.
+
+    python -m idp_peft.lm_eval --model idp --model_args pretrained=BASE,peft=ADAPTER --tasks local_arc_easy,hellaswag
+
+In Python, `import idp_peft.lm_eval` is all that `lm_eval.simple_evaluate(model="idp", model_args=...)` needs. The
+harness's own executable finds us too, where the file `lm_eval.yaml` beside this one is among its `--tasks`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from idp_peft.evaluation.harness_arguments import check_arguments
+from idp_peft.evaluation.harness_type import MODEL_TYPE, register_model_type
+
+register_model_type()
+
+
+def main() -> None:
+    """The harness's own `main`, with one step between its two: its parser has read the line, nothing was done yet."""
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.utils import setup_logging
+
+    setup_logging()
+    command_line = HarnessCLI()
+    arguments = command_line.parse_args()
+    try:
+        _check(arguments)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    _add_local_tasks(arguments)
+    command_line.execute(arguments)
+
+
+def _setting(arguments, name: str):
+    """A setting as the harness reads it: the command line's, else that of the file named by `--config`."""
+    value = getattr(arguments, name, None)
+    if not value and getattr(arguments, "config", None):
+        from lm_eval.config.evaluate_config import EvaluatorConfig
+
+        value = EvaluatorConfig.load_yaml_config(arguments.config).get(name)
+    return value
+
+
+def _check(arguments) -> None:
+    """What can be said before the harness reads its thousands of task files.
+
+    Raises:
+        `ValueError`: for a `model_args` that we do not know, or an IDP adapter under another model type.
+    """
+    from lm_eval.utils import simple_parse_args_string
+
+    model_args = _setting(arguments, "model_args") or {}
+    if isinstance(model_args, str):
+        model_args = simple_parse_args_string(model_args)
+    model = _setting(arguments, "model")
+    if model == MODEL_TYPE:
+        check_arguments(model_args)
+    elif "peft" in model_args and _is_idp(str(model_args["peft"]), model_args.get("revision")):
+        raise ValueError(
+            f"`peft` {model_args['peft']} is an IDP adapter, and --model {model or 'hf'} would let every answer choose the "
+            f"prompt that it is scored with: use --model {MODEL_TYPE}, where a question chooses one for all its answers"
+        )
+
+
+def _is_idp(peft: str, revision: str | None) -> bool:
+    """Whether an adapter's config says so; an adapter that is not to be had is left to the harness."""
+    path = Path(peft).expanduser() / "adapter_config.json"
+    if not path.is_file():
+        if Path(peft).is_absolute() or Path(peft).exists():
+            return False
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        try:
+            path = Path(hf_hub_download(peft, "adapter_config.json", revision=revision))
+        except (OSError, HfHubHTTPError, HFValidationError):
+            return False
+    return json.loads(path.read_text(encoding="utf-8")).get("peft_type") == "IDP"
+
+
+def _add_local_tasks(arguments) -> None:
+    """Our folder of tasks, before the user's own (a later one wins)."""
+    if not hasattr(arguments, "include_path"):
+        return
+    from idp_peft.evaluation.local_task import FOLDER
+
+    users = _setting(arguments, "include_path") or []
+    arguments.include_path = [str(FOLDER), *([users] if isinstance(users, str) else users)]
+
+
+if __name__ == "__main__":
+    main()
