@@ -15,6 +15,7 @@ from idp_peft.concatenation import Concatenation
 from idp_peft.decoder import (
     by_name,
     distances_from_slots,
+    find_blocks,
     forward_parameters,
     has_alibi,
     has_changing_rotary,
@@ -25,6 +26,7 @@ from idp_peft.input_checks import (
     check_room,
     checked_inputs,
     checked_mask,
+    refuse_cache_under_checkpointing,
     refuse_packed,
     refuse_without_own_generate,
 )
@@ -66,6 +68,12 @@ class DecoderCall:
         cache = kwargs.get("past_key_values")
         started = is_prompted(cache) and cache.idp_part is not None
         name = self.layer.active_name
+        if (
+            name is not None
+            and _is_checkpointing(decoder)
+            and (cache is not None or self._generates_with_cache(kwargs))
+        ):
+            refuse_cache_under_checkpointing()
         if name is None:
             if started and cache.idp_part.positions:
                 cache.refuse()
@@ -103,6 +111,10 @@ class DecoderCall:
         return output
 
     # ------------------------------------------------------------------ a cache that holds its prompt already
+
+    def _generates_with_cache(self, kwargs: dict) -> bool:
+        call = calls.current_call(self.layer)
+        return call is not None and call.generating and _returns_cache(self.layer.decoder, kwargs)
 
     def _continue(self, decoder: nn.Module, kwargs: dict, cache) -> None:
         part: PromptPart = cache.idp_part
@@ -163,7 +175,7 @@ class DecoderCall:
         if (call := calls.current_call(layer)) is not None:
             call.seen = True
         trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in decoder.parameters())
-        checkpointing = trains and decoder.training and getattr(decoder, "gradient_checkpointing", False)
+        checkpointing = _is_checkpointing(decoder)
         returns_cache = _returns_cache(decoder, kwargs)
         padding_first = self._padding_must_stand_first(decoder, mask, tokens, returns_cache)
         concatenate = checkpointing or padding_first
@@ -267,6 +279,13 @@ def _returns_cache(decoder: nn.Module, kwargs: dict) -> bool:
     use_cache = kwargs.get("use_cache")
     wanted = decoder.config.use_cache if use_cache is None else use_cache
     return bool(wanted) or kwargs.get("past_key_values") is not None
+
+
+def _is_checkpointing(decoder: nn.Module) -> bool:
+    """Whether layers drop every cache they are given, to be recomputed: they do while they train, with or without
+    gradients."""
+    modules = (decoder, *find_blocks(decoder)[1])
+    return decoder.training and any(getattr(module, "gradient_checkpointing", False) for module in modules)
 
 
 def _mask_with_prompt(decoder, cache, part: PromptPart, mask, batch: int, total: int) -> torch.Tensor | None:

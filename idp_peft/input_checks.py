@@ -10,6 +10,7 @@ from transformers import StaticCache
 
 from idp_peft import call as calls
 from idp_peft.decoder import position_limit
+from idp_peft.host_loop import packs_rows
 from idp_peft.prompted_cache import is_prompted
 
 
@@ -49,11 +50,19 @@ def refuse_packed(kwargs: dict, real: torch.Tensor) -> None:
     if not packed and positions is not None and positions.ndim == 2 and positions.shape[-1] == real.shape[-1] > 1:
         both_real = real[:, 1:] & real[:, :-1]
         packed = bool(((positions[:, 1:] <= positions[:, :-1]) & both_real).any())
-    if packed:
+    if packed or packs_rows():
         raise ValueError(
             "IDP cannot run packed rows (several documents in one row, `position_ids` that start again): each document "
-            "would need its own prompt; turn packing off"
+            "would need its own prompt; turn packing off (TRL: `packing=False`, `padding_free=False`)"
         )
+
+
+def refuse_cache_under_checkpointing() -> None:
+    """Raise for a cache that the layers would drop, and the prompt in it."""
+    raise ValueError(
+        "a model in training mode with gradient checkpointing drops `past_key_values`: call `model.eval()` before "
+        "`generate`, or pass `use_cache=False`"
+    )
 
 
 def check_room(decoder: nn.Module, tokens: int, positions: int, real: torch.Tensor | None = None) -> None:
