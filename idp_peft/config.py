@@ -176,7 +176,7 @@ class IDPConfig(PeftConfig):
             )
         for index, name in enumerate(names):
             if not isinstance(name, str) or not name.strip():
-                raise ValueError(f"`prompt_names` must hold names that are not empty, got {name!r}")
+                raise ValueError(f"`prompt_names` must hold texts that are not empty, got {name!r}")
             if name == AUTO:
                 raise ValueError(
                     f"`prompt_names` must not hold {AUTO!r}, which in `prompt_ids` lets a row choose, got {list(names)}"

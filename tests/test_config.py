@@ -20,6 +20,18 @@ INVALID = [
     ),
     ({"num_prompts": 2, "num_virtual_tokens": [4, 0]}, r"`num_virtual_tokens` must be an int of at least 1, got 0"),
     ({"num_virtual_tokens": None}, r"`num_virtual_tokens` may be None with init='text' alone, got init='vocab'"),
+    (
+        {"num_prompts": 3, "prompt_names": ["arc", "boolq"]},
+        r"`prompt_names` must be a list of one name per prompt \(num_prompts=3\), got 2 names \['arc', 'boolq'\]",
+    ),
+    ({"prompt_names": "arc"}, r"`prompt_names` must be a list of one name per prompt \(num_prompts=4\), got 'arc'"),
+    (
+        {"num_prompts": 2, "prompt_names": ["a", "a"]},
+        r"`prompt_names` must hold distinct names, got 'a' twice in \['a', 'a'\]",
+    ),
+    ({"num_prompts": 2, "prompt_names": ["a", " "]}, r"`prompt_names` must hold texts that are not empty, got ' '"),
+    ({"num_prompts": 2, "prompt_names": ["a", 1]}, r"`prompt_names` must hold texts that are not empty, got 1"),
+    ({"num_prompts": 1, "prompt_names": ["auto"]}, r"`prompt_names` must not hold 'auto', which .* lets a row choose"),
     ({"selection": "best"}, r"`selection` must be one of 'attention', 'random', 'fixed', got 'best'"),
     ({"selection_layer": 1.5}, r"`selection_layer` must be an int, got 1.5"),
     ({"selection_reduction": "max"}, r"`selection_reduction` must be one of 'mean', 'sum', got 'max'"),
@@ -90,3 +102,13 @@ def test_it_is_a_tuner_and_no_prompt_learning_method():
     assert config.peft_type is IDPPeftType.IDP
     assert not config.is_prompt_learning
     assert config.prompt_lengths == [32] * 4
+
+
+def test_a_prompt_is_found_by_its_name(tmp_path):
+    config = IDPConfig(num_prompts=2, prompt_names=("arc", "boolq"))
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["prompt_names"] == ["arc", "boolq"]
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert [loaded.prompt_id(name) for name in ("boolq", "arc", None)] == [1, 0, -1]
+    with pytest.raises(ValueError, match="'wic', which is no prompt of this adapter: it has 'arc', 'boolq'"):
+        loaded.prompt_id("wic")
