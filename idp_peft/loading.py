@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
 from idp_peft import assets
 
 if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What reads a format, where it is not transformers itself.
-_READERS = {
+READERS = {
     "compressed-tensors": "compressed-tensors",
     "gptq": "idp-peft[gptqmodel]",
     "awq": "idp-peft[gptqmodel]",
@@ -25,6 +28,107 @@ _READERS = {
     "hqq": "hqq",
     "gguf": "gguf",
 }
+
+
+def load(
+    adapter: str | Path,
+    base: str | Path | None = None,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: bool | str | None = None,
+    **load_model_kwargs,
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """An adapter on its base, in evaluation mode, and the tokenizer: `model, tokenizer = idp_peft.load("user/name")`.
+
+    Args:
+        adapter (`str`): a folder or a Hub id. Adapters of PEFT's other methods work as well.
+        base (`str`, *optional*, defaults to the one that the adapter's config names): anything `load_model` takes. Needed
+            where that one is a folder of another machine.
+        subfolder (`str`, *optional*): where in the folder or repository the adapter is.
+        revision (`str`, *optional*): of the adapter's repository. The base's is in the adapter's config.
+        token (`bool` or `str`, *optional*): for the adapter and its base on the Hub.
+        load_model_kwargs: go to `load_model`: `for_training`, `dtype`, `device_map`, ...
+
+    Returns:
+        `tuple[PeftModel, PreTrainedTokenizerBase]`: the tokenizer is the adapter's own where one lies beside it, as
+        `Trainer` saves it, else the base's.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: where there is no adapter or it is broken, and where its base is not there: the
+            error says so and asks for `base`.
+        `ImportError`: as `load_model`.
+    """
+    from peft import PeftModel
+
+    hub = {name: value for name, value in {"revision": revision, "token": token}.items() if value is not None}
+    where = hub if subfolder is None else {**hub, "subfolder": subfolder}
+    config = adapter_config(adapter, where)
+    name = base if base is not None else config.base_model_name_or_path
+    if not name:
+        raise ValueError(f"`adapter` {str(adapter)!r} does not say what its base is: pass `base`")
+    of_base = {} if token is None else {"token": token}
+    if base is None and config.revision is not None:
+        of_base["revision"] = config.revision
+    try:
+        model = load_model(name, **of_base, **load_model_kwargs)
+    except (FileNotFoundError, ValueError) as error:
+        if base is not None:
+            raise
+        raise type(error)(
+            f"the base of `adapter` {str(adapter)!r} could not be loaded ({error}): pass `base`, the folder or Hub id where "
+            "that model is now"
+        ) from error
+    tokenizer = _tokenizer_beside(str(adapter), hub, subfolder)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(name, **of_base)
+    elif len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))  # as PEFT's auto classes do
+    return PeftModel.from_pretrained(model, str(adapter), **where).eval(), tokenizer
+
+
+def adapter_config(adapter: str | Path, hub_kwargs: dict | None = None) -> PeftConfig:
+    """The config of an adapter in a folder or on the Hub.
+
+    Args:
+        adapter (`str`): the folder or Hub id.
+        hub_kwargs (`dict`, *optional*): `subfolder`, `revision` and `token`.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: where there is none, or it is of a method that PEFT does not know.
+    """
+    from peft import PeftConfig
+
+    where = hub_kwargs or {}
+    folder = Path(adapter, where.get("subfolder", ""))
+    if not (folder / "adapter_config.json").is_file() and (folder.is_absolute() or Path(adapter).exists()):
+        raise FileNotFoundError(f"`adapter` {folder} is no adapter: there is no adapter_config.json in it")
+    try:
+        return PeftConfig.from_pretrained(str(adapter), **where)
+    except KeyError as error:
+        raise ValueError(
+            f"`adapter` {str(adapter)!r} is of a method that PEFT does not know ({error}): import the package it comes from"
+        ) from error
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ValueError(f"`adapter` {str(adapter)!r} could not be loaded: {reason}") from error
+
+
+def _tokenizer_beside(adapter: str, hub: dict, subfolder: str | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in an adapter's folder, or above its sub-folder."""
+    from transformers import AutoTokenizer
+
+    for place in dict.fromkeys((subfolder or "", "")):
+        if Path(adapter).is_dir():
+            found = Path(adapter, place, "tokenizer_config.json").is_file()
+        else:
+            try:
+                found = bool(hf_hub_download(adapter, "tokenizer_config.json", subfolder=place or None, **hub))
+            except EntryNotFoundError:
+                found = False
+        if found:
+            return _with_padding(AutoTokenizer.from_pretrained(adapter, subfolder=place, **hub))
+    return None
 
 
 def load_model(name_or_path: str | Path, for_training: bool = False, **from_pretrained_kwargs) -> PreTrainedModel:
@@ -53,7 +157,8 @@ def load_model(name_or_path: str | Path, for_training: bool = False, **from_pret
     from transformers import AutoModelForCausalLM
 
     where, gguf_file = find_model(name_or_path)
-    quantization = {"quant_method": "gguf"} if gguf_file else quantization_of(where)
+    hub = {name: from_pretrained_kwargs[name] for name in ("revision", "token") if name in from_pretrained_kwargs}
+    quantization = {"quant_method": "gguf"} if gguf_file else quantization_of(where, **hub)
     arguments = {**_defaults(quantization, for_training), **from_pretrained_kwargs}
     with _clear_errors(name_or_path, quantization), warnings.catch_warnings():
         # The part of it that says how to load does count.
@@ -66,8 +171,12 @@ def load_model(name_or_path: str | Path, for_training: bool = False, **from_pret
     return model.eval()
 
 
-def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str | Path, **hub_kwargs) -> PreTrainedTokenizerBase:
     """The tokenizer of a model that `load_model` can load; it has a padding token.
+
+    Args:
+        name_or_path (`str`): as `load_model`.
+        hub_kwargs: `token` and `revision` of a model on the Hub.
 
     Raises:
         `FileNotFoundError`, `ValueError`: as `load_model`.
@@ -76,7 +185,10 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
 
     where, gguf_file = find_model(name_or_path)
     with _clear_errors(name_or_path, {}):
-        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=gguf_file)
+        return _with_padding(AutoTokenizer.from_pretrained(where, gguf_file=gguf_file, **hub_kwargs))
+
+
+def _with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -112,12 +224,12 @@ def _look_into(folder: Path) -> tuple[str, str | None]:
     return str(folder), files[0]
 
 
-def quantization_of(where: str) -> dict:
+def quantization_of(where: str, **hub_kwargs) -> dict:
     """The `quantization_config` of a folder or hub id, as it is written there; empty for a model without."""
     from transformers import PreTrainedConfig
 
     with _clear_errors(where, {}):
-        config, _ = PreTrainedConfig.get_config_dict(where)
+        config, _ = PreTrainedConfig.get_config_dict(where, **hub_kwargs)
     return config.get("quantization_config") or config.get("compression_config") or {}
 
 
@@ -189,7 +301,7 @@ def _clear_errors(name: str | Path, quantization: dict) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        reader = _READERS.get(method)
+        reader = READERS.get(method)
         if reader is None:
             raise
         raise ImportError(f'reading a {method} model needs another library: pip install "{reader}"') from error

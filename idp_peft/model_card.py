@@ -16,6 +16,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from idp_peft.base_model import Base, describe_quantization, is_hub_id
 from idp_peft.card_results import MEASURED_BY, Results
 from idp_peft.config import IDPConfig
+from idp_peft.loading import READERS
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,6 @@ class CardFacts:
         results (`Results`, *optional*): what was measured of the first adapter.
         training (`dict`, *optional*): how it was trained, as a run's `run.json` has it.
         tags (`list[str]`): further tags.
-        packages (`str`): what to install.
     """
 
     place: str
@@ -49,7 +49,6 @@ class CardFacts:
     results: Results | None = None
     training: dict | None = None
     tags: list[str] = field(default_factory=list)
-    packages: str = "idp-peft"
 
 
 def write_card(file: str | Path, facts: CardFacts) -> None:
@@ -172,7 +171,7 @@ def _use(facts: CardFacts) -> str:
     base = facts.base
     if not base.on_hub:
         arguments.append(f'base="{"default" if base.is_packaged else base.folder}"')
-    snippet = _SNIPPET.format(first=IMPORT.format(packages=facts.packages), arguments=", ".join(arguments))
+    snippet = _SNIPPET.format(first=IMPORT.format(packages=_packages(base)), arguments=", ".join(arguments))
     lines = ["## Use", "", snippet]
     if base.on_hub:
         lines += [
@@ -188,14 +187,23 @@ def _use(facts: CardFacts) -> str:
     return "\n".join(lines)
 
 
+def _packages(base: Base) -> str:
+    """What to install for the snippet."""
+    reader = READERS.get("gguf" if base.is_packaged else base.quantization.get("quant_method"))
+    both = ["idp-peft"] if reader is None or reader.startswith("idp-peft") else ["idp-peft", reader]
+    return " ".join(both if reader is None or len(both) == 2 else [f'"{reader}"'])
+
+
 def _base(facts: CardFacts) -> str:
     base, lines = facts.base, ["## The base", ""]
     if base.on_hub:
         lines.append(f"[{base.name}](https://huggingface.co/{base.name})")
     elif base.is_packaged:
         lines.append('SmolLM2-135M-Instruct, the package\'s default model: `base="default"` fetches it.')
-    else:
+    elif base.name:
         lines.append(f"A local folder, `{base.folder}`, which is not part of this repository.")
+    else:
+        lines.append("Where the base comes from is not recorded.")
     if base.quantization:
         lines[-1] = f"{lines[-1].rstrip('.')}: {describe_quantization(base.quantization)}."
     if base.commands:

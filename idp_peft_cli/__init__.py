@@ -13,6 +13,7 @@ _COMMANDS = {
     "recover": "train prompts that repair a compressed model",
     "evaluate": "measure perplexity and zero-shot tasks",
     "report": "one page and one table from result files",
+    "push": "upload an adapter to the Hub, with a model card",
 }
 _INTERRUPTED = 130  # what shells use for Ctrl-C
 

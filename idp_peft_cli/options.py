@@ -96,3 +96,15 @@ class ReportOptions:
     results: list[str] = _required("Result files of evaluate, or folders of them.")
     output_dir: str = _required("Folder for report.html, report.md and statistics.json.")
     seed: int = _option(0, "Seed of the bootstrap.")
+
+
+@dataclass
+class PushOptions:
+    """Upload a finished adapter to the Hub, with a model card. Log in before: `hf auth login`, or HF_TOKEN."""
+
+    adapter: str = _required("Folder of an IDP adapter.")
+    repo: str = _required("Repository: 'user/name'. It is made if it is not there.")
+    results: list[str] | None = _option(None, "Result files of evaluate for the card, or folders of them.")
+    private: bool = _option(False, "Make a new repository private.")
+    revision: str | None = _option(None, "Branch (default: the main one).")
+    commit_message: str = _option("Upload adapter", "Message of the commit.")

@@ -12,6 +12,7 @@ OPTIONS = {
     "recover": options.RecoverOptions,
     "evaluate": options.EvaluateOptions,
     "report": options.ReportOptions,
+    "push": options.PushOptions,
 }
 
 

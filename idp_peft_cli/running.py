@@ -15,7 +15,8 @@ def run(command: str, options, *more) -> None:
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     for package in _PACKAGES:
         logging.getLogger(package).setLevel(logging.INFO)
-    {"compress": _compress, "recover": _recover, "evaluate": _evaluate, "report": _report}[command](options, *more)
+    commands = {"compress": _compress, "recover": _recover, "evaluate": _evaluate, "report": _report, "push": _push}
+    commands[command](options, *more)
 
 
 def _compress(options) -> None:
@@ -54,6 +55,20 @@ def _report(options) -> None:
     from idp_peft.report import write_report
 
     print(f"report in {write_report(options.results, options.output_dir, options.seed)}")
+
+
+def _push(options) -> None:
+    from idp_peft.adapter_folder import push_adapter
+
+    commit = push_adapter(
+        options.adapter,
+        options.repo,
+        options.results,
+        private=options.private or None,
+        revision=options.revision,
+        commit_message=options.commit_message,
+    )
+    print(f"adapter in {commit.repo_url}")
 
 
 def is_ours(error: BaseException) -> bool:

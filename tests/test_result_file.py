@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig, get_peft_model
 
+from idp_peft import loading
 from idp_peft.evaluation import result_file
 from idp_peft.evaluation.result_file import evaluate
 from tests.test_adapters import word_tokenizer
@@ -42,11 +43,10 @@ class Options:
 @pytest.fixture
 def options(tmp_path, monkeypatch):
     """Options for a tiny model and ten texts, with the loaders of both replaced."""
-    loading, data = types.ModuleType("idp_peft.loading"), types.ModuleType("idp_peft.text_data")
-    loading.load_model = lambda name, **_: tiny("llama")
-    loading.load_tokenizer = lambda name: word_tokenizer()
+    monkeypatch.setattr(loading, "load_model", lambda name, **_: tiny("llama"))
+    monkeypatch.setattr(loading, "load_tokenizer", lambda name, **_: word_tokenizer())
+    data = types.ModuleType("idp_peft.text_data")
     data.load_texts = lambda source, split, column, config: texts(*range(5, 15))
-    monkeypatch.setitem(sys.modules, "idp_peft.loading", loading)
     monkeypatch.setitem(sys.modules, "idp_peft.text_data", data)
     return Options(output=str(tmp_path / "results" / "result.json"))
 

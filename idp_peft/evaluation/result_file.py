@@ -134,22 +134,11 @@ def _changed_since(folder: Path, moment: float) -> bool:
 
 def load(model: str, adapter: str | None):
     """The model with its adapter, in evaluation mode, and its tokenizer."""
-    from idp_peft.loading import load_model, load_tokenizer
+    from idp_peft import loading
 
     if adapter is None:
-        return load_model(model), load_tokenizer(model)
-    from peft import PeftConfig, PeftModel
-
-    import idp_peft  # noqa: F401  (registers the method)
-
-    if not Path(adapter, "adapter_config.json").is_file() and (Path(adapter).is_absolute() or Path(adapter).exists()):
-        raise FileNotFoundError(f"`adapter` {adapter} is no adapter: there is no adapter_config.json in it")
-    try:
-        PeftConfig.from_pretrained(adapter)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`adapter` {adapter!r} could not be loaded: {str(error).splitlines()[0]}") from error
-    tokenizer = load_tokenizer(model)
-    return PeftModel.from_pretrained(load_model(model), adapter).eval(), tokenizer
+        return loading.load_model(model), loading.load_tokenizer(model)
+    return loading.load(adapter, base=model)
 
 
 def write(output: Path, result: dict) -> None:

@@ -11,9 +11,11 @@ import transformers
 from peft import PeftModel, get_peft_model
 from transformers import TrainingArguments, set_seed
 
+from idp_peft.adapter_folder import push_adapter
 from idp_peft.evaluation import environment
 from idp_peft.fingerprint import fingerprint
 from idp_peft.gradient_probe import probe_gradients
+from idp_peft.hub import PushError
 from idp_peft.loading import accepted_by_trainer, load_model, load_tokenizer
 from idp_peft.recover.distillation import check_distillation
 from idp_peft.recover.methods import LEARNING_RATES, corpus_starts, method_config
@@ -50,6 +52,8 @@ def recover(options, arguments: TrainingArguments) -> Path:
     folder = RunFolder(arguments.output_dir, options, arguments)
     if folder.is_complete:
         logger.info("%s is complete already", folder.path)
+        if arguments.push_to_hub and options.method == "idp":
+            _push(folder, arguments)
         return folder.adapter
     tokenizer = load_tokenizer(options.model)
     if options.teacher is not None:
@@ -79,7 +83,9 @@ def recover(options, arguments: TrainingArguments) -> Path:
         raise RuntimeError("training changed the base model's weights: the adapter is not saved")
     _save(model, folder.adapter)
     folder.write("complete", training=_training_record(trainer, model, options))
-    if arguments.push_to_hub:
+    if arguments.push_to_hub and options.method == "idp":
+        _push(folder, arguments)
+    elif arguments.push_to_hub:
         trainer.push_to_hub()
     return folder.adapter
 
@@ -168,6 +174,25 @@ def _training_record(trainer: transformers.Trainer, model: PeftModel, options) -
         "trainable_parameters": model.get_nb_trainable_parameters()[0],
         "history": trainer.state.log_history,
     }
+
+
+def _push(folder: RunFolder, arguments: TrainingArguments) -> None:
+    """The adapter alone: `Trainer` would push the run's folder, with its record and a second copy of the adapter."""
+    repo_id = arguments.hub_model_id or folder.path.absolute().name
+    try:
+        push_adapter(
+            folder.adapter,
+            repo_id,
+            private=arguments.hub_private_repo,
+            token=arguments.hub_token,
+            revision=getattr(arguments, "hub_revision", None),
+            commit_message="End of training",
+        )
+    except PushError as error:
+        raise PushError(
+            f"{error} The run is complete: the same command again pushes it, or `idp-peft push --adapter {folder.adapter} "
+            f"--repo {repo_id}`"
+        ) from error
 
 
 def _save(model: PeftModel, target: Path) -> None:
