@@ -103,6 +103,12 @@ class IDPModel(BaseTuner):
             raise
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Prompts start in float32; whoever turns PEFT's autocast off wants them in the base's own type.
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            self.layer.idp_prompts[adapter_name].to(self.layer.dtype)
+
     # ------------------------------------------------------------------ removal
 
     def _check_merge_allowed(self) -> None:
