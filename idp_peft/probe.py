@@ -139,6 +139,10 @@ def _copy_decoder(decoder: nn.Module, layer: int, implementation: str) -> nn.Mod
     name, blocks = find_blocks(decoder)
     probe = _bare_copy(decoder)
     probe.config = config
+    for key, child in probe._modules.items():
+        if isinstance(child, nn.Embedding):  # its hooks stay: they may fetch its weights; noise is for training
+            probe._modules[key] = copy.copy(child)
+            probe._modules[key].training = False
     probe._modules[name] = nn.ModuleList([_copy_block(block, config) for block in blocks[: layer + 1]])
     return probe
 
