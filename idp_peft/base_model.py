@@ -60,10 +60,11 @@ class Base:
     @property
     def commands(self) -> list[str]:
         """The `idp-peft compress` commands that make it; none where what it was made from is a path of one machine."""
-        if not self.notes or not (self.notes[0]["model"] == "default" or is_hub_id(self.notes[0]["model"])):
+        origin = self.notes[0].get("model") if self.notes else None
+        if not is_hub_id(origin) or Path(origin).is_dir():  # "default" reads like an id, too
             return []
         folders = [f"{self.folder}-{step}" for step in range(1, len(self.notes))] + [self.folder]
-        sources = [self.notes[0]["model"], *folders]
+        sources = [origin, *folders]
         return [_command(note, *places) for note, *places in zip(self.notes, sources, folders, strict=False)]
 
 

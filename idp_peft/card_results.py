@@ -68,7 +68,7 @@ def read_results(sources, num_prompts: int, parameters: int, adapter: str | Path
     if sources is None:
         return None
     sources = [sources] if isinstance(sources, str | Path) else list(sources)
-    rows = [row for source in sources for row in _read(Path(source))]
+    rows = sorted((row for source in sources for row in _read(Path(source))), key=lambda row: _ROLES.index(row["role"]))
     fitting = [
         row
         for row in rows
@@ -82,7 +82,7 @@ def read_results(sources, num_prompts: int, parameters: int, adapter: str | Path
             f"`results` must hold one result of this adapter (IDP, {num_prompts} prompts, {parameters:,} parameters), "
             f"got {len(chosen)}, from {labels}: name its file, and those of the models to compare it with"
         )
-    return Results(sorted(rows, key=lambda row: _ROLES.index(row["role"])), chosen[0])
+    return Results(rows, chosen[0])
 
 
 def _read(source: Path) -> list[dict]:

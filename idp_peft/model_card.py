@@ -1,4 +1,4 @@
-"""The model card of IDP adapters: what the README.md beside them says, and its metadata.
+"""The model card of IDP adapters: the README.md beside them, its metadata, and what others wrote in it.
 
 Between two comment lines stands our part, renewed whenever the card is written; what others wrote around it stays.
 """
@@ -6,49 +6,26 @@ Between two comment lines stands our part, renewed whenever the card is written;
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 from huggingface_hub import RepoCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from idp_peft.base_model import Base, describe_quantization, is_hub_id
-from idp_peft.card_results import MEASURED_BY, Results
-from idp_peft.config import IDPConfig
-from idp_peft.loading import READERS
+from idp_peft.base_model import is_hub_id
+from idp_peft.card_results import MEASURED_BY
+from idp_peft.card_text import CardFacts, body
 
 logger = logging.getLogger(__name__)
 
 BEGIN = "<!-- idp-peft: begin. This part is renewed on every save and push: write before or after it. -->"
 END = "<!-- idp-peft: end -->"
-IMPORT = "import idp_peft  # pip install {packages}; without this import PEFT raises KeyError: 'IDP'"
 _TAGS = ("idp", "soft-prompt")
-# Trainer's card says so of every base that is a folder.
-_NOT_TRUE = ("This model was trained from scratch on ", "These prompts were trained on ")
-
-
-@dataclass(frozen=True)
-class CardFacts:
-    """What a card tells.
-
-    Args:
-        place (`str`): what `idp_peft.load` is given: the repository's id, or the folder's name.
-        base (`Base`): what the adapters stand on.
-        adapters (`dict[str, IDPConfig]`): sub-folder (`""` for the root) -> config, in the model's order.
-        parameters (`int`): numbers in the first adapter's file.
-        results (`Results`, *optional*): what was measured of the first adapter.
-        training (`dict`, *optional*): how it was trained, as a run's `run.json` has it.
-        tags (`list[str]`): further tags.
-    """
-
-    place: str
-    base: Base
-    adapters: dict[str, IDPConfig]
-    parameters: int
-    results: Results | None = None
-    training: dict | None = None
-    tags: list[str] = field(default_factory=list)
+# What the cards of Trainer and of TRL's trainers say where the base is a folder.
+_NOT_TRUE = {
+    "This model was trained from scratch on ": "These prompts were trained on ",
+    "This model is a fine-tuned version of [None](https://huggingface.co/None)": "These prompts were trained",
+}
 
 
 def write_card(file: str | Path, facts: CardFacts) -> None:
@@ -74,9 +51,11 @@ def with_our_part(text: str, facts: CardFacts) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        text = text.replace(*_NOT_TRUE)
+        for wrong, right in _NOT_TRUE.items():
+            text = text.replace(wrong, right)
         split = _end_of_title(text)
-        before, after = (f"{text[:split]}\n\n", f"\n{text[split:]}") if split else ("\n", f"\n{text}")
+        before, rest = f"{text[:split]}\n\n" if split else "\n", text[split:].lstrip("\n")
+        after = f"\n\n{rest}" if rest else "\n"
     title = [] if _end_of_title(before + after) else [f"# {facts.place.rpartition('/')[2]}", ""]
     return before + "\n".join([BEGIN, *title, body(facts), END]) + after
 
@@ -138,132 +117,3 @@ def _model_index(index, facts: CardFacts) -> list[dict]:
 def _is_ours(result: dict) -> bool:
     metrics = result.get("metrics") or []
     return bool(metrics) and all((metric.get("args") or {}).get("measured_by") == MEASURED_BY for metric in metrics)
-
-
-# ------------------------------------------------------------------ the text
-
-
-def body(facts: CardFacts) -> str:
-    """Our part, without the lines around it."""
-    parts = [_INTRODUCTION, _use(facts), _base(facts), _prompts(facts), _results(facts)]
-    return "\n\n".join(part for part in parts if part)
-
-
-_INTRODUCTION = (
-    "Soft prompts that repair a compressed language model, one of which each input picks for itself: *Inference-time Dynamic "
-    "Prompting* ([arXiv 2310.00867](https://arxiv.org/abs/2310.00867)), a PEFT method of the package `idp-peft`. No weight of "
-    "the base is changed."
-)
-_SNIPPET = """```python
-{first}
-
-model, tokenizer = idp_peft.load({arguments})
-inputs = tokenizer("The capital of France is", return_tensors="pt", return_token_type_ids=False).to(model.device)
-output = model.generate(**inputs, max_new_tokens=20)
-print(tokenizer.decode(output[0], skip_special_tokens=True))
-print(model.last_selection)  # which prompt the input picked, and the scores of all
-```"""
-
-
-def _use(facts: CardFacts) -> str:
-    root = next(iter(facts.adapters))
-    arguments = [f'"{facts.place}"', *([f'subfolder="{root}"'] if root else [])]
-    base = facts.base
-    if not base.on_hub:
-        arguments.append(f'base="{"default" if base.is_packaged else base.folder}"')
-    snippet = _SNIPPET.format(first=IMPORT.format(packages=_packages(base)), arguments=", ".join(arguments))
-    lines = ["## Use", "", snippet]
-    if base.on_hub:
-        lines += [
-            "",
-            f'With PEFT itself, after the same import: `AutoPeftModelForCausalLM.from_pretrained("{facts.place}")`.',
-        ]
-    elif not base.is_packaged:
-        lines += ["", f"`base` is the folder of the base model ([below](#the-base)), here `{base.folder}`."]
-    others = list(facts.adapters)[1:]
-    if others:
-        named = ", ".join(f'`subfolder="{name}"`' if name else "the root" for name in others)
-        lines += ["", f"Further adapters: {named}."]
-    return "\n".join(lines)
-
-
-def _packages(base: Base) -> str:
-    """What to install for the snippet."""
-    reader = READERS.get("gguf" if base.is_packaged else base.quantization.get("quant_method"))
-    both = ["idp-peft"] if reader is None or reader.startswith("idp-peft") else ["idp-peft", reader]
-    return " ".join(both if reader is None or len(both) == 2 else [f'"{reader}"'])
-
-
-def _base(facts: CardFacts) -> str:
-    base, lines = facts.base, ["## The base", ""]
-    if base.on_hub:
-        lines.append(f"[{base.name}](https://huggingface.co/{base.name})")
-    elif base.is_packaged:
-        lines.append('SmolLM2-135M-Instruct, the package\'s default model: `base="default"` fetches it.')
-    elif base.name:
-        lines.append(f"A local folder, `{base.folder}`, which is not part of this repository.")
-    else:
-        lines.append("Where the base comes from is not recorded.")
-    if base.quantization:
-        lines[-1] = f"{lines[-1].rstrip('.')}: {describe_quantization(base.quantization)}."
-    if base.commands:
-        install = sorted({note.get("backend", "llmcompressor") for note in base.notes})
-        install += ["demo"] if base.notes[0]["model"] == "default" else []
-        lines += ["", "It was made by, and can be made again with:", "", "```bash"]
-        lines += [f'pip install "idp-peft[{",".join(install)}]"', *base.commands, "```"]
-        lines += ["", _made_with(base.notes[-1])]
-    elif base.notes:
-        last = base.notes[-1]
-        lines += [
-            "",
-            f"It was made with the recipe {last['recipe']} from a model that is a local folder as well. {_made_with(last)}",
-        ]
-    return "\n".join(lines)
-
-
-def _made_with(note: dict) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in (note.get("versions") or {}).items())
-    texts = (note.get("calibration") or {}).get("texts")
-    text = f" The calibration text had {texts:,} documents (`--dataset`, by default `wiki`)." if texts else ""
-    return f"Made with {versions}; other versions may give slightly other weights.{text}" if versions else text.strip()
-
-
-def _prompts(facts: CardFacts) -> str:
-    lines = ["## The prompts", ""]
-    for place, config in facts.adapters.items():
-        settings = {
-            "prompts": config.num_prompts,
-            "tokens of each": config.num_virtual_tokens,
-            "picked by": config.selection,
-        }
-        if config.selection == "attention":
-            settings |= {
-                "layer that picks": config.selection_layer,
-                "score": f"{config.selection_reduction} of attention",
-            }
-        elif config.selection == "fixed":
-            settings["prompt"] = config.fixed_prompt
-        settings |= {"trained by assignment": config.assignment, "start": config.init}
-        named = [f"`{place}`: "] if place else [""] if len(facts.adapters) == 1 else ["Root: "]
-        lines.append("* " + named[0] + ", ".join(f"{name} {value}" for name, value in settings.items()) + ".")
-    lines.append(f"* {facts.parameters:,} numbers in all, in one safetensors file.")
-    if facts.training:
-        told = {name: facts.training.get(name) for name in ("objective", "steps", "learning_rate", "seed", "dataset")}
-        trained = ", ".join(
-            f"{name.replace('_', ' ')} {_plain(value)}" for name, value in told.items() if value is not None
-        )
-        lines.append(f"* Training: {trained}.")
-    return "\n".join(lines)
-
-
-def _plain(value) -> str:
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", ".", "~")) else str(value)
-
-
-def _results(facts: CardFacts) -> str:
-    if facts.results is None:
-        return ""
-    settings = facts.results.ours.get("settings", {})
-    limited = f", at most {settings['limit']} documents and questions each" if settings.get("limit") else ""
-    how = f"Measured by `idp-peft evaluate` (perplexity over real tokens only{limited})."
-    return "\n".join(["## Results", "", *facts.results.table(), "", how])

@@ -10,9 +10,10 @@ from peft import PeftModel, PeftModelForCausalLM
 
 from idp_peft.base_model import base_of
 from idp_peft.card_results import Results, read_results
+from idp_peft.card_text import CardFacts
 from idp_peft.config import IDPConfig
 from idp_peft.hub import push
-from idp_peft.model_card import CardFacts, write_card
+from idp_peft.model_card import write_card
 
 
 class KnowsItsCard:
@@ -139,7 +140,8 @@ def _configs(model: PeftModel) -> dict[str, IDPConfig]:
 
 def _number_of_parameters(model: PeftModel) -> int:
     first = next(iter(_configs(model))) or "default"
-    return model.base_model.layer.idp_prompts[first].weight.numel()
+    bank = model.base_model.layer.idp_prompts[first]
+    return bank.num_embeddings * bank.embedding_dim  # a sharded weight has no elements of its own
 
 
 def _write_card(model: PeftModel, file: Path, place: str, results: Results | None, tags: list[str]) -> None:
