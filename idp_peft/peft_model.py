@@ -109,6 +109,9 @@ class IDPPeftModelForCausalLM(KnowsItsCard, PeftModelForCausalLM):
     """A `PeftModelForCausalLM` whose adapters are IDP's."""
 
 
+# transformers' pipelines know what they support by the class's name; pickle goes by the qualified one.
+IDPPeftModelForCausalLM.__name__ = PeftModelForCausalLM.__name__
+
 _OURS = {PeftModel: IDPPeftModel, PeftModelForCausalLM: IDPPeftModelForCausalLM}
 
 
