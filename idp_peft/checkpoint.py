@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from idp_peft.config import IDPConfig
 
 _KEY_END = "idp.idp_prompts.weight"
 
 
-def check_weights(source: str, subfolder: str | None, hub_arguments: dict, config: IDPConfig, width: int) -> None:
+def check_weights(
+    source: str,
+    subfolder: str | None,
+    hub_arguments: dict,
+    config: IDPConfig,
+    width: int,
+    model: nn.Module | None = None,
+) -> None:
     """Check the weights file beside a config, in a folder or on the Hub (from where PEFT's own loader gets it next).
 
     A folder or repository without weights, and a Hub that cannot be reached, are left to that loader.
@@ -25,6 +34,7 @@ def check_weights(source: str, subfolder: str | None, hub_arguments: dict, confi
         hub_arguments (`dict`): further arguments of `hf_hub_download` (`revision`, `token`, ...).
         config (`IDPConfig`): the config.
         width (`int`): d, the width of the base's input embeddings.
+        model (`PreTrainedModel`, *optional*): the base; without it, the file may hold no embeddings.
 
     Raises:
         `ValueError`: for a pickled or truncated file, missing or unexpected keys, or another shape.
@@ -44,7 +54,7 @@ def check_weights(source: str, subfolder: str | None, hub_arguments: dict, confi
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read and may be truncated: {error}") from error
-    check_shapes(shapes, config, width, str(path))
+    check_shapes(shapes, config, width, str(path), model)
 
 
 def find_file(source: str, subfolder: str | None, hub_arguments: dict, name: str) -> str | None:
@@ -59,23 +69,41 @@ def find_file(source: str, subfolder: str | None, hub_arguments: dict, name: str
         return None
 
 
-def check_shapes(shapes: dict[str, tuple[int, ...]], config: IDPConfig, width: int, source: str) -> None:
+def check_shapes(
+    shapes: dict[str, tuple[int, ...]], config: IDPConfig, width: int, source: str, model: nn.Module | None = None
+) -> None:
     """Check the tensors of an adapter by name and shape.
+
+    An adapter holds its prompts and nothing else, but for the base's embeddings where PEFT saved them too: it does so
+    with `save_embedding_layers=True`, and by itself where they were resized for new tokens.
 
     Args:
         shapes (`dict`): name to shape.
+        config (`IDPConfig`): the adapter's config.
+        width (`int`): d, the width of the base's input embeddings.
         source (`str`): what the error calls the adapter.
+        model (`PreTrainedModel` or `PeftModel`, *optional*): where it is going to be.
 
     Raises:
         `ValueError`: naming what is missing, unexpected or of another shape.
     """
     ours = [key for key in shapes if key.endswith(_KEY_END)]
-    extra = sorted(set(shapes) - set(ours[:1]))
     if not ours:
         raise ValueError(f"{source} has no prompts: expected a tensor named '...{_KEY_END}', found {sorted(shapes)}")
-    if extra:
+    others = sorted(set(shapes) - set(ours[:1]))
+    embeddings = {key: shape for key in others if (shape := _embedding_shape(key, model)) is not None}
+    if extra := [key for key in others if key not in embeddings or len(shapes[key]) != 2]:
         raise ValueError(f"{source} has unexpected tensors {extra}: an IDP adapter holds its prompts and nothing else")
-    found = shapes[ours[0]]
+    for key, shape in embeddings.items():
+        if shapes[key] != shape:
+            raise ValueError(
+                f"{source} holds embeddings ({key}) of shape {list(shapes[key])}, this model's have {list(shape)}: call "
+                f"`resize_token_embeddings({shapes[key][0]})` on the model first"
+            )
+    _check_prompts(shapes[ours[0]], config, width, source)
+
+
+def _check_prompts(found: tuple[int, ...], config: IDPConfig, width: int, source: str) -> None:
     if config.num_virtual_tokens is None:
         return
     expected = (sum(config.prompt_lengths), width)
@@ -87,3 +115,42 @@ def check_shapes(shapes: dict[str, tuple[int, ...]], config: IDPConfig, width: i
             else f"its config says {config.prompt_lengths} tokens, {expected[0]} in all"
         )
         raise ValueError(f"{source} holds prompts of shape {list(found)}, expected {list(expected)}: {why}")
+
+
+def _embedding_shape(key: str, model: nn.Module | None) -> tuple[int, ...] | None:
+    """The shape of the input or output embeddings that a tensor's name means; `None` where it means neither."""
+    if model is None:
+        return None
+    wanted = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
+    for name, module in model.named_modules():
+        if any(module is one for one in wanted) and _plain(key) == f"{_plain(name)}.weight":
+            return tuple(module.weight.shape)
+    return None
+
+
+def check_place(names: Iterable[str], model: nn.Module, source: str) -> None:
+    """Check that the prompts of a file are for the place where this model has them: PEFT would only warn, and leave the
+    prompts as they started.
+
+    Args:
+        names (`Iterable[str]`): the tensors' names, after PEFT's `key_mapping`.
+
+    Raises:
+        `ValueError`: where they are for another place.
+    """
+    from idp_peft.layer import IDPLayer
+
+    (found, *_) = [_plain(name) for name in names if name.endswith(_KEY_END)]
+    places = [_plain(name) for name, module in model.named_modules() if isinstance(module, IDPLayer)]
+    if places and found != f"{places[0]}.idp_prompts.weight":
+        raise ValueError(
+            f"{source} holds the prompts of {found.removesuffix('.' + _KEY_END)!r}, but this model's decoder is "
+            f"{places[0].removesuffix('.idp')!r}: load it on the architecture it was trained on, or pass `key_mapping`"
+        )
+
+
+def _plain(name: str) -> str:
+    """A module's name without what wrappers put into it."""
+    for part in ("_orig_mod.", "_fsdp_wrapped_module."):
+        name = name.replace(part, "")
+    return name.removeprefix("base_model.model.")

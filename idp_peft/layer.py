@@ -64,7 +64,15 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         return self.model.get_input_embeddings()
 
     def add_bank(self, name: str, config: IDPConfig, texts: list[list[int]] | None) -> None:
-        """Add a prompt bank, started by `config.init` (on the meta device: left empty, for weights that follow)."""
+        """Add a prompt bank, started by `config.init` (on the meta device: left empty, for weights that follow).
+
+        Raises:
+            `ValueError`: for a name that torch cannot give to a module.
+        """
+        if not name or "." in name or (name not in self.idp_prompts and hasattr(self.idp_prompts, name)):
+            raise ValueError(
+                f"an adapter's name must not be empty, have a dot in it, or be an attribute of a torch module, got {name!r}"
+            )
         embeddings = self.get_base_layer()
         bank = PromptBank(config.prompt_lengths, embedding_width(embeddings))
         if not bank.weight.is_meta:
@@ -90,6 +98,12 @@ class IDPLayer(nn.Module, BaseTunerLayer):
                 f"one IDP adapter can be active at a time, got {names}: merge their banks into one instead"
             )
         super().set_adapter(names, inference_mode=inference_mode)
+
+    def merge(self, *args, **kwargs) -> None:
+        raise ValueError("an IDP adapter cannot be merged: a prompt is no change of any weight")
+
+    def unmerge(self) -> None:
+        raise ValueError("there is nothing to unmerge: an IDP adapter cannot be merged, so it never was")
 
     @property
     def active_name(self) -> str | None:

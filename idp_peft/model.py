@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from idp_peft.call import undisturbed
-from idp_peft.checkpoint import check_shapes, check_weights
+from idp_peft.checkpoint import check_place, check_shapes, check_weights
 from idp_peft.config import IDPConfig
 from idp_peft.decoder import check_selection_layer, embedding_width, find_decoder
 from idp_peft.generation import generate
@@ -68,7 +68,7 @@ class IDPModel(BaseTuner):
         check_selection_layer(decoder, peft_config.selection_layer, peft_config.selection == "attention")
         came_from = getattr(peft_config, "_came_from", None)
         if came_from is not None:
-            check_weights(*came_from, peft_config, embedding_width(self.model.get_input_embeddings()))
+            check_weights(*came_from, peft_config, embedding_width(self.model.get_input_embeddings()), self.model)
         return peft_config
 
     def _check_target_module_exists(self, peft_config: IDPConfig, key: str) -> bool:
@@ -95,19 +95,13 @@ class IDPModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         try:
             shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
-            check_shapes(
-                shapes, config, embedding_width(model.get_input_embeddings()), f"the file of adapter {adapter_name!r}"
-            )
+            source, width = f"the file of adapter {adapter_name!r}", embedding_width(model.get_input_embeddings())
+            check_shapes(shapes, config, width, source, model)
+            check_place(shapes, model, source)
         except ValueError:
             _remove_adapter(model, adapter_name, only_new=True)
             raise
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # Prompts start in float32; whoever turns PEFT's autocast off wants them in the base's own type.
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        if not autocast_adapter_dtype:
-            self.layer.idp_prompts[adapter_name].to(self.layer.dtype)
 
     # ------------------------------------------------------------------ removal
 
