@@ -7,7 +7,7 @@ import os
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from idp_peft.decoder import embedding_width, find_decoder, has_changing_rotary, has_learned_positions
 
@@ -16,7 +16,7 @@ def skeleton(base_model: str | os.PathLike | nn.Module) -> PreTrainedModel:
     """The base model on the meta device, from its config alone.
 
     Args:
-        base_model (`str` or `PreTrainedModel`): a folder, a GGUF file or a Hub id; or the loaded model, which is not touched.
+        base_model (`str` or `PreTrainedModel`): a folder, a GGUF file, a Hub id or `"default"`; or the loaded model, which is not touched.
 
     Raises:
         `ValueError`: where the config cannot be had, or the model is no decoder-only causal language model.
@@ -28,7 +28,7 @@ def skeleton(base_model: str | os.PathLike | nn.Module) -> PreTrainedModel:
         with torch.device("meta"):
             model = type(base_model)(config)
     else:
-        config, name = _config(os.fspath(base_model)), os.fspath(base_model)
+        config, name = _config(os.fspath(base_model))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     model.name_or_path = name
@@ -48,14 +48,15 @@ def position_counts_bank(model: PreTrainedModel) -> bool:
     return has_learned_positions(decoder) or has_changing_rotary(decoder)
 
 
-def _config(name: str):
+def _config(name: str) -> tuple[PreTrainedConfig, str]:
+    """The config of a base, and where it lies."""
     from transformers import AutoConfig
 
     from idp_peft.loading import find_model
 
     try:
         where, gguf_file = find_model(name)
-        return AutoConfig.from_pretrained(where, **({"gguf_file": gguf_file} if gguf_file else {}))
+        return AutoConfig.from_pretrained(where, **({"gguf_file": gguf_file} if gguf_file else {})), where
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

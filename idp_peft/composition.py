@@ -18,6 +18,7 @@ from idp_peft.prompt_sources import PromptSource, distinct, read_prompts
 
 # What the adapters say, and the arguments of `compose` for it.
 _GIVEN = {
+    "task_type": "adapters",
     "num_prompts": "adapters",
     "num_virtual_tokens": "adapters",
     "prompt_names": "names",

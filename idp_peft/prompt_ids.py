@@ -67,13 +67,16 @@ def number_of(name: str, num_prompts: int, names: list[str] | None) -> int:
 
 def _entries(prompt_ids, batch: int) -> list:
     """One entry per row, whatever they are."""
+    given = prompt_ids
+    if hasattr(prompt_ids, "tolist"):  # an array
+        prompt_ids = prompt_ids.tolist()
     if isinstance(prompt_ids, (str, Integral)) and not isinstance(prompt_ids, bool):
         return [prompt_ids] * batch
-    if isinstance(prompt_ids, Sequence) or hasattr(prompt_ids, "tolist"):  # a list, a column of a dataset, an array
+    if isinstance(prompt_ids, Sequence):
         return list(prompt_ids)
     raise ValueError(
         f"`prompt_ids` must be a tensor or a list of one entry per row ({batch}), or one name or number for all, got "
-        f"{prompt_ids!r}"
+        f"{given!r}"
     )
 
 

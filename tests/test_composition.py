@@ -176,7 +176,9 @@ def test_a_bfloat16_adapter_on_a_bfloat16_base(tmp_path):
     source = Path(saved(prompt_tuned("llama", dtype=torch.bfloat16), tmp_path / "p"))
     half = {key: tensor.bfloat16() for key, tensor in load_file(source / "adapter_model.safetensors").items()}
     save_file(half, source / "adapter_model.safetensors", metadata={"format": "pt"})
-    idp_peft.compose([source], tmp_path / "bank", base_model=tiny("llama"))
+    tiny("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    idp_peft.compose([source], tmp_path / "bank", base_model=tmp_path / "base")
+    assert tokens_in(tmp_path / "bank").dtype == torch.float32
     assert torch.equal(tokens_in(tmp_path / "bank"), half["prompt_embeddings"].float())
     ids, _ = token_batch([7])
     expected = logits(loaded("llama", source, torch.bfloat16), ids)
@@ -437,6 +439,7 @@ def test_wrong_arguments_are_refused(make, tmp_path):
     refused("`prompt_names` must hold distinct names, got 'x' twice", [bank], names=["x", "y", "x", "z"])
     refused("`prompt_names` follows from `names`, it cannot be given to `compose`", [bank], prompt_names=list("abcd"))
     refused("`num_prompts` follows from `adapters`", [bank], num_prompts=3)
+    refused("`task_type` follows from `adapters`", [bank], task_type="SEQ_CLS")
     refused("`selection_layer` must be between -3 and 2 for this model, got 7", [bank], selection_layer=7)
     refused(r"has no prompt 'e': take numbers from 0 to 3, or names of \['a', 'b', 'c', 'd'\]", [(bank, "e")])
     refused("has no prompt 4: take numbers from 0 to 3", [(bank, [0, 4])])

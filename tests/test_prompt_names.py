@@ -57,7 +57,7 @@ def test_what_is_not_a_list_of_names_works_too(make, rows):
     assert torch.equal(generated, again)
 
 
-@pytest.mark.parametrize("one", ["boolq", 1, np.int64(1)])
+@pytest.mark.parametrize("one", ["boolq", 1, np.int64(1), np.array("boolq")])
 def test_one_name_or_number_is_for_every_row(make, one):
     model = make("llama", **named)
     ids, mask = token_batch([5, 9, 7])
