@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 _UNCHANGED = "Its files are as they were before."
@@ -49,14 +49,14 @@ def push(
         save(folder)
         with _step("create the repository", repo_id, "Nothing was changed."):
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            with _step(f"create the branch {revision!r}", repo_id, _UNCHANGED):
+                _create_branch(api, repo_id, revision, create_pr)
         with _step("read the model card", repo_id, _UNCHANGED):
             _fetch_card(repo_id, folder / "README.md", revision, token)
         describe(folder / "README.md", repo_id)
         with _step("check the model card", repo_id, _UNCHANGED):
             _check_card(api, folder / "README.md", token)
-        if revision is not None and not revision.startswith("refs/pr"):
-            with _step(f"create the branch {revision!r}", repo_id, _UNCHANGED):
-                _create_branch(api, repo_id, revision, create_pr)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         added = [CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files]
         where = {"revision": revision, "create_pr": create_pr}
@@ -69,8 +69,10 @@ def push(
 
 
 def _fetch_card(repo_id: str, file: Path, revision: str | None, token) -> None:
-    with contextlib.suppress(EntryNotFoundError, RevisionNotFoundError):
-        shutil.copyfile(hf_hub_download(repo_id, "README.md", revision=revision, token=token), file)
+    # Not the cached one when the Hub cannot be reached: what others wrote on the Hub would be lost.
+    with contextlib.suppress(RemoteEntryNotFoundError):
+        card = hf_hub_download(repo_id, "README.md", revision=revision, token=token, force_download=True)
+        shutil.copyfile(card, file)
 
 
 def _check_card(api: HfApi, file: Path, token) -> None:
@@ -100,7 +102,7 @@ def _step(doing: str, repo_id: str, state: str) -> Iterator[None]:
         yield
     except Exception as error:  # the hub library raises errors of whichever HTTP library, or storage, its version uses
         cause = error
-        while cause.__cause__ is not None and not isinstance(cause, HfHubHTTPError | ValueError):
+        while cause.__cause__ is not None and not isinstance(cause, HfHubHTTPError):
             cause = cause.__cause__
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if doing == "commit" and (status is None or status >= 500):

@@ -80,8 +80,8 @@ def set_metadata(data, facts: CardFacts) -> None:
     data["library_name"] = "peft"
     if facts.base.on_hub:
         data["base_model"] = facts.base.name
-    elif not is_hub_id(data.get("base_model")):
-        data.pop("base_model")  # the Hub refuses a card with a path
+    elif data.get("base_model") == facts.base.name or not is_hub_id(data.get("base_model")):
+        data.pop("base_model")  # the Hub refuses a card with a path; an id is where somebody published this base
     data["base_model_relation"] = "adapter"
     data["pipeline_tag"] = data.get("pipeline_tag") or "text-generation"
     tags = data.get("tags") or []
