@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
+from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from idp_peft.decoder import embedding_width, find_decoder, has_changing_rotary, has_learned_positions
+from idp_peft.prompt_sources import PromptSource
+
+
+class BaseNotFound(ValueError):
+    """Nobody says which base it is, or it is not where they say."""
 
 
 def skeleton(base_model: str | os.PathLike | nn.Module) -> PreTrainedModel:
     """The base model on the meta device, from its config alone.
 
     Args:
-        base_model (`str` or `PreTrainedModel`): a folder, a GGUF file, a Hub id or `"default"`; or the loaded model, which is not touched.
+        base_model (`str`, `PreTrainedModel` or `PeftModel`): a folder, a GGUF file, a Hub id or `"default"`; or the loaded
+            model, which is not touched.
 
     Raises:
-        `ValueError`: where the config cannot be had, or the model is no decoder-only causal language model.
+        `BaseNotFound`: where its config cannot be had.
+        `ValueError`: where the model is no decoder-only causal language model.
     """
     from transformers import AutoModelForCausalLM
 
+    if isinstance(base_model, PeftModel):
+        base_model = base_model.get_base_model()
     if isinstance(base_model, nn.Module):
         config, name = copy.deepcopy(base_model.config), base_model.name_or_path
         with torch.device("meta"):
@@ -36,9 +48,37 @@ def skeleton(base_model: str | os.PathLike | nn.Module) -> PreTrainedModel:
     return model
 
 
-def prompt_width(model: PreTrainedModel) -> int:
-    """d, the width of what stands in front of the input."""
-    return embedding_width(model.get_input_embeddings())
+def shared_base(sources: list[PromptSource], base_model=None) -> PreTrainedModel:
+    """The base of several adapters, without weights: the given one, or the one that they name.
+
+    Raises:
+        `BaseNotFound`: where nobody names it, or it is not there.
+        `ValueError`: where it is no decoder-only causal language model, or its embeddings have another width.
+    """
+    named = [source for source in sources if source.base_name]
+    settled = base_model is not None
+    if not settled:
+        for source in named:
+            if not is_same_place(source.base_name, named[0].base_name):
+                warnings.warn(
+                    f"{named[0].label} was made for the base model {named[0].base_name!r}, {source.label} for "
+                    f"{source.base_name!r}: the new adapter names the first. Pass `base_model=` if they are one model",
+                    stacklevel=3,
+                )
+        live = next((source.model for source in sources if source.model is not None), None)
+        base_model = live if live is not None else named[0].base_name if named else None
+    if base_model is None:
+        raise BaseNotFound(f"{sources[0].label} does not name its base model: pass `base_model=`")
+    base = skeleton(base_model)
+    if named and not (settled and base.name_or_path):
+        base.name_or_path = named[0].base_name
+    width = embedding_width(base.get_input_embeddings())
+    if width != sources[0].width:
+        raise ValueError(
+            f"the prompts of {sources[0].label} have width {sources[0].width}, the embeddings of the base model "
+            f"{base.name_or_path or type(base).__name__!r} {width}"
+        )
+    return base
 
 
 def position_counts_bank(model: PreTrainedModel) -> bool:
@@ -59,7 +99,11 @@ def _config(name: str) -> tuple[PreTrainedConfig, str]:
         return AutoConfig.from_pretrained(where, **({"gguf_file": gguf_file} if gguf_file else {})), where
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise BaseNotFound(
             f"the base model {name!r} cannot be asked what it is ({reason}): pass `base_model=`, the loaded model or where "
             "it lies now"
         ) from error
+
+
+def is_same_place(one: str, other: str) -> bool:
+    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()

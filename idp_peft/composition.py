@@ -12,7 +12,7 @@ from peft import PromptTuningConfig, TaskType, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from idp_peft.base_skeleton import position_counts_bank, prompt_width, skeleton
+from idp_peft.base_skeleton import BaseNotFound, is_same_place, position_counts_bank, shared_base
 from idp_peft.config import IDPConfig
 from idp_peft.prompt_sources import PromptSource, distinct, read_prompts
 
@@ -81,7 +81,7 @@ def compose(adapters, output_dir, names=None, base_model=None, **config_fields) 
         names = distinct(name for source in sources for name in source.names)
     elif isinstance(names, str) or len(names := list(names)) != len(prompts):
         raise ValueError(f"`names` must be a list of one name per prompt, {len(prompts)}, got {names!r}")
-    base = _base(sources, base_model)
+    base = shared_base(sources, base_model)
     lengths = [len(prompt) for prompt in prompts]
     config = IDPConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -164,39 +164,12 @@ def _read(adapters) -> list[PromptSource]:
     return sources
 
 
-def _base(sources: list[PromptSource], base_model):
-    """The base of all sources, without weights."""
-    named = [source for source in sources if source.base_name]
-    settled = base_model is not None
-    if not settled:
-        for source in named:
-            if not _is_same_place(source.base_name, named[0].base_name):
-                warnings.warn(
-                    f"{named[0].label} was made for the base model {named[0].base_name!r}, {source.label} for "
-                    f"{source.base_name!r}: the new adapter names the first. Pass `base_model=` if they are one model",
-                    stacklevel=3,
-                )
-        live = next((source.model for source in sources if source.model is not None), None)
-        base_model = live if live is not None else named[0].base_name if named else None
-    if base_model is None:
-        raise ValueError(f"{sources[0].label} does not name its base model: pass `base_model=`")
-    base = skeleton(base_model)
-    if named and not (settled and base.name_or_path):
-        base.name_or_path = named[0].base_name
-    if prompt_width(base) != sources[0].width:
-        raise ValueError(
-            f"the prompts of {sources[0].label} have width {sources[0].width}, the embeddings of the base model "
-            f"{base.name_or_path or type(base).__name__!r} {prompt_width(base)}"
-        )
-    return base
-
-
 def _base_to_split(source: PromptSource, base_model):
     """The base, where it can be had; where lengths are equal, prompts can be split off without it."""
     unequal = any(len(prompt) != source.longest for prompt in source.prompts)
     try:
-        base = _base([source], base_model)
-    except ValueError:
+        base = shared_base([source], base_model)
+    except BaseNotFound:
         if unequal or base_model is not None:
             raise
         return None
@@ -237,14 +210,10 @@ def _agreed(sources: list[PromptSource]) -> dict:
 
 def _check_output(folder, sources: list[PromptSource]) -> None:
     for source in sources:
-        if source.model is None and _is_same_place(source.label, str(folder)):
+        if source.model is None and is_same_place(source.label, str(folder)):
             raise ValueError(
                 f"`output_dir` would replace the adapter {source.label} that is read: choose another folder"
             )
-
-
-def _is_same_place(one: str, other: str) -> bool:
-    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def _file_name(name: str) -> str:

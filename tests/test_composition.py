@@ -237,6 +237,8 @@ def test_the_given_base_model_is_not_touched(tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
     assert all(parameter.requires_grad for parameter in base.parameters())
+    again = idp_peft.compose([source], tmp_path / "again", base_model=get_peft_model(base, LoraConfig()))
+    assert again == config
 
 
 def test_banks_hand_on_what_they_agree_on(make, tmp_path):
@@ -388,6 +390,16 @@ def test_adapters_of_different_bases_are_refused_or_warned_of(tmp_path):
         idp_peft.compose([b, c], tmp_path / "bank")
     config = idp_peft.compose([b, c], tmp_path / "bank", base_model=tiny("llama"))
     assert config.base_model_name_or_path == "/nowhere/b"
+
+
+def test_prompts_of_another_width_are_not_split_off_either(tmp_path):
+    tiny("llama").config.save_pretrained(tmp_path / "base")
+    narrow = of_base(tmp_path / "base", saved(prompt_tuned("opt"), tmp_path / "narrow"))
+    with pytest.raises(ValueError, match=r"narrow have width 24, the embeddings of the base model '.*base' 32"):
+        idp_peft.split(narrow, tmp_path / "prompts")
+    of_base("/nowhere/opt", narrow)
+    (folder,) = idp_peft.split(narrow, tmp_path / "prompts")  # without its base, by what the adapter says itself
+    assert torch.equal(tokens_in(folder), tokens_in(narrow))
 
 
 def test_files_that_are_no_prompts_are_refused(make, tmp_path):
