@@ -117,6 +117,24 @@ def test_metrics_line_up_with_labels_and_targets_do_not_steer(make, tmp_path, sm
         assert scores["eval_loss"] == pytest.approx(np.average(by_batch, weights=[3, 3, 2]), abs=1e-4)
 
 
+def test_other_rows_that_a_prediction_step_runs_are_not_read_by_its_labels(make, tmp_path):
+    model, rows, chosen = make("llama"), examples(3), []
+
+    class LooksAtOthers(Trainer):
+        def prediction_step(self, model, inputs, *args, **kwargs):
+            done = super().prediction_step(model, inputs, *args, **kwargs)
+            with torch.no_grad():
+                model(input_ids=inputs["input_ids"].flip(0), attention_mask=inputs["attention_mask"].flip(0))
+            chosen.append(model.last_selection)
+            return done
+
+    a_trainer(model, tmp_path, rows, kind=LooksAtOthers).evaluate(rows)
+    batch = DataCollatorForSeq2Seq(tiny_tokenizer())(rows)
+    with torch.no_grad():
+        model(input_ids=batch["input_ids"].flip(0), attention_mask=batch["attention_mask"].flip(0))
+    assert torch.equal(chosen[0].scores, model.last_selection.scores)
+
+
 def test_predictions_without_labels_read_everything(make, tmp_path):
     model = make("llama")
     ids, _ = token_batch([7] * 4)
