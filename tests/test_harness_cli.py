@@ -360,8 +360,41 @@ def test_settings_of_the_harness_reach_the_model(here):
     assert lm.loglikelihood(context, disable_tqdm=True)[0][0] < 0
 
 
+def test_a_gguf_file_and_a_subfolder_are_bases_too(here, tmp_path):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    for setting, value in (
+        *(("context_length", 64), ("embedding_length", 32), ("block_count", 3), ("feed_forward_length", 48)),
+        *(("head_count", 4), ("head_count_kv", 2), ("layer_norm_rms_eps", 1e-6), ("vocab_size", 97)),
+    ):
+        getattr(writer, f"add_{setting}")(value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
+    for name, tensor in tiny("llama").state_dict().items():
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    question, tokenizer = [request("w5 w6 w7", " w8")], load_tokenizer(here / "base")
+    for names, base in (
+        ({"pretrained": str(here), "subfolder": "base"}, here / "base"),
+        ({"pretrained": str(tmp_path / "tiny.gguf")}, tmp_path / "tiny.gguf"),
+        ({"pretrained": str(tmp_path), "gguf_file": "tiny.gguf"}, tmp_path / "tiny.gguf"),
+    ):
+        lm = get_model("idp")(**names, peft=str(here / "adapter"), tokenizer=str(here / "base"))
+        assert torch.equal(lm.model.get_input_embeddings().weight, tiny("llama").get_input_embeddings().weight)
+        expected = HarnessModel(PeftModel.from_pretrained(load_model(base), here / "adapter").eval(), tokenizer)
+        assert lm.loglikelihood(question, disable_tqdm=True) == expected.loglikelihood(question, disable_tqdm=True)
+
+
 def request(context: str, continuation: str) -> Instance:
     return Instance("loglikelihood", {}, (context, continuation), 0, metadata=("t", 0, 1))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_spreading_a_model_over_gpus_needs_one(here):
+    with pytest.raises(ValueError, match="`parallelize=True` spreads a model over GPUs, and there is none"):
+        get_model("idp")(pretrained=str(here / "base"), parallelize=True)
 
 
 @pytest.mark.parametrize(
@@ -375,6 +408,7 @@ def request(context: str, continuation: str) -> Instance:
         ({"max_length": "long"}, "'max_length' must be an integer, got 'long'"),
         ({"device": "cdua"}, "`device` must be a device of torch, like cpu or cuda:0, got 'cdua'"),
         ({"peft": "/no/where"}, "`peft` /no/where is no adapter"),
+        ({"pretrained": "./nowhere"}, "there is no model at ./nowhere"),
         ({"batch_size": 2}, "`model_args` has 'batch_size', which the command line gives too"),
     ],
 )

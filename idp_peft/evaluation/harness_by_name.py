@@ -91,6 +91,8 @@ class HarnessModelByName(HarnessModel):
     def _placement(self, arguments: dict, dtype) -> dict:
         """Where the weights go; nothing where `load_model` puts them there by itself."""
         if arguments["parallelize"]:
+            if not torch.cuda.is_available():
+                raise ValueError("`parallelize=True` spreads a model over GPUs, and there is none: leave it out")
             names = ("parallelize", "max_memory_per_gpu", "max_cpu_memory", "offload_folder", "gpus")
             return self._get_accelerate_args(**{name: arguments[name] for name in names})
         if self.device.type != "cpu":
@@ -150,14 +152,19 @@ def _find(name: str, arguments: dict) -> tuple[str, str | None]:
 
 
 def _checked_device(device) -> str:
-    """What the harness understands: it takes every device that it does not know for "whichever there is"."""
+    """The device asked for; the CPU where there is no GPU, since the command line asks for one by default.
+
+    Raises:
+        `ValueError`: for a name that torch does not know. The harness would take it for "whichever there is".
+    """
+    there_is_a_gpu = torch.cuda.is_available()
     if device is None:
-        return "any"
+        return "cuda" if there_is_a_gpu else "cpu"
     try:
-        torch.device(device)
+        kind = torch.device(device).type
     except RuntimeError as error:
         raise ValueError(f"`device` must be a device of torch, like cpu or cuda:0, got {device!r}") from error
-    return "any" if str(device).startswith("cuda") and not torch.cuda.is_available() else str(device)
+    return "cpu" if kind == "cuda" and not there_is_a_gpu else str(device)
 
 
 def _base_of(peft: str | None, revision: str | None) -> str:
