@@ -21,6 +21,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import huggingface_hub.constants
+import huggingface_hub.hf_api
 import yaml
 
 TOKEN = "hf_of_the_test_Zk3q"
@@ -102,6 +104,22 @@ class HubServer(ThreadingHTTPServer):
         oid = _oid(f"{branch}{len(repo.commits[branch])}{sorted(files)}")
         repo.commits[branch].append((oid, files))
         return oid
+
+
+def only_hub(server: HubServer, monkeypatch, cache: Path) -> None:
+    """Make this process take a server for the only hub. (`HF_ENDPOINT` is read when the library is imported.)"""
+    for name, value in {
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(cache),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+    }.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the library waits between its tries
 
 
 def _oid(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,19 +13,22 @@ import pytest
 
 from idp_peft_cli import main
 from idp_peft_cli.parsing import WrongUseError, parse
-from tests.tiny_folder import tiny_folder
+from tests.hub_server import TOKEN, HubServer, only_hub
+from tests.tiny_folder import tiny_folder, tiny_texts
 
 pytest.importorskip("datasets")
 ROOT = Path(__file__).parent.parent
 
 
-def run(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+def run(*arguments: str, folder: Path | None = None, server: HubServer | None = None) -> subprocess.CompletedProcess:
+    """The command in a process of its own, which knows no hub but the server, if any."""
+    hub = {**os.environ, "HF_HUB_OFFLINE": "1"} if server is None else server.environment(folder / "home")
+    environment = {**hub, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "idp_peft_cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
 
 
-@pytest.mark.parametrize("command", [[], ["compress"], ["recover"], ["evaluate"], ["report"]])
+@pytest.mark.parametrize("command", [[], ["compress"], ["recover"], ["evaluate"], ["report"], ["push"]])
 def test_help_imports_nothing_heavy(command):
     code = (
         "import sys; from idp_peft_cli import main\n"
@@ -52,10 +56,11 @@ def _seconds(*arguments: str) -> float:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["repair"], "the sub-command must be one of compress, recover, evaluate, report; got 'repair'"),
+        (["repair"], "the sub-command must be one of compress, recover, evaluate, report, push; got 'repair'"),
         (["compress", "--model", "x"], "required: --output_dir"),
         (["compress", "--model", "x", "--output_dir", "y", "--colour", "red"], "--colour"),
         (["evaluate", "--model", "x", "--output", "y", "--limit", "many"], "--limit: invalid int value: 'many'"),
+        (["push", "--adapter", "x"], "required: --repo"),
         (["report", "--config", "missing.yaml"], "`--config` 'missing.yaml' cannot be read"),
     ],
 )
@@ -145,3 +150,54 @@ def test_recover_takes_steps_or_epochs(tmp_path):
     _, by_default = parse("recover", needed)
     _, by_epochs = parse("recover", [*needed, "--num_train_epochs", "2"])
     assert (by_default.max_steps, by_epochs.max_steps, by_epochs.num_train_epochs) == (100, -1, 2)
+
+
+def test_recover_ends_in_a_repository_of_the_adapter_and_push_renews_it(tmp_path, monkeypatch, capsys):
+    tiny_folder(tmp_path / "base")
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_texts()))
+    result = {"format": 1, "label": "IDP", "role": "recovered", "method": "idp", "num_prompts": 4}
+    result |= {"extra_parameters": 4 * 4 * 32, "perplexity": {"wiki:x": {"perplexity": 9.5}}, "tasks": {}}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "idp.json").write_text(json.dumps(result))
+    recover = ["recover", "--model", "base", "--dataset", "text.jsonl", "--output_dir", "run", "--max_steps", "2"]
+    recover += ["--block_tokens", "16", "--context_tokens", "4", "--min_tokens", "8", "--num_virtual_tokens", "4"]
+    recover += ["--report_to", "none", "--push_to_hub", "--hub_model_id", "user/name", "--hub_strategy", "end"]
+    monkeypatch.chdir(tmp_path)
+    with HubServer() as server:
+        only_hub(server, monkeypatch, tmp_path / "hub")
+        server.fail("commit", 403)
+        with pytest.raises(SystemExit) as stop:
+            main(recover)
+        assert stop.value.code == 2
+        said = capsys.readouterr()
+        *_, last = said.err.strip().splitlines()
+        assert last.startswith("idp-peft recover: error: the push to user/name failed at the step 'commit': ")
+        assert "The run is complete: the same command again pushes it, or `idp-peft push --adapter run/adapter" in last
+        server.heal()
+        main(recover)
+        files = server.files("user/name")
+        assert sorted(files) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+        assert files["adapter_model.safetensors"] == Path("run/adapter/adapter_model.safetensors").read_bytes()
+        assert "objective language modelling, steps 2" in files["README.md"].decode()
+        push = ["push", "--adapter", "run/adapter", "--repo", "user/name", "--results", "results"]
+        pushed = run(*push, folder=tmp_path, server=server)
+        assert pushed.returncode == 0, pushed.stderr
+        assert pushed.stdout == f"adapter in {server.url}/user/name\n"
+        assert "| **IDP** (this adapter) | 9.50 | 512 |" in server.files("user/name")["README.md"].decode()
+    assert TOKEN not in said.out + said.err + pushed.stdout + pushed.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["--adapter", "nowhere"], "`adapter` nowhere is no folder"),
+        (["--adapter", "base"], "`adapter` base is no adapter: there is no adapter_config.json in it"),
+    ],
+)
+def test_push_refuses_what_is_no_adapter_in_one_line(more, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        main(["push", "--repo", "user/name", *more])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"idp-peft push: error: {text}\n"

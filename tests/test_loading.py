@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 
+import idp_peft
 from idp_peft import IDPConfig
 from idp_peft.fingerprint import fingerprint
 from idp_peft.gradient_probe import probe_gradients
@@ -220,3 +222,101 @@ def test_a_missing_reader_is_named(method, module, advice, tmp_path):
     with pytest.raises(ImportError) as error:
         load_model(folder)
     assert str(error.value) == f'reading a {method} model needs another library: pip install "{advice}"'
+
+
+# ------------------------------------------------------------------ an adapter on its base
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A folder of an adapter on the tiny model in the folder `base` beside it."""
+    model = get_peft_model(
+        load_model(tiny_folder(tmp_path / "base")), IDPConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=token_batch([8])[0]).logits
+
+
+def test_an_adapter_is_loaded_with_the_base_it_names(adapter):
+    model, tokenizer = idp_peft.load(adapter)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert tokenizer("w4 w5")["input_ids"] == [4, 5]
+    assert tokenizer.pad_token is not None
+    expected = PeftModel.from_pretrained(load_model(adapter.parent / "base"), adapter).eval()
+    assert torch.equal(logits(model), logits(expected))
+    assert idp_peft.load(adapter, dtype=torch.bfloat16)[0].get_base_model().dtype == torch.bfloat16
+
+
+def test_another_base_may_be_given_and_a_missing_one_asks_for_it(adapter):
+    moved = adapter.parent / "moved"
+    (adapter.parent / "base").rename(moved)
+    with pytest.raises(FileNotFoundError) as error:
+        idp_peft.load(adapter)
+    assert str(error.value) == (
+        f"the base of `adapter` {str(adapter)!r} could not be loaded (there is no model at {adapter.parent / 'base'}): pass "
+        "`base`, the folder or Hub id where that model is now"
+    )
+    assert logits(idp_peft.load(adapter, base=moved)[0]).isfinite().all()
+    with pytest.raises(FileNotFoundError, match=r"^there is no model at ./nowhere$"):
+        idp_peft.load(adapter, base="./nowhere")
+
+
+def test_an_adapter_that_names_no_base_asks_for_it(adapter):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match=r"does not say what its base is: pass `base`$"):
+        idp_peft.load(adapter)
+    idp_peft.load(adapter, base=adapter.parent / "base")
+
+
+@pytest.mark.parametrize("place", ["", "checkpoint-2"])
+def test_the_tokenizer_beside_an_adapter_wins_over_the_bases(adapter, place):
+    where = adapter / place
+    if place:
+        shutil.copytree(adapter, where)
+    tokenizer = load_tokenizer(adapter.parent / "base")
+    tokenizer.add_tokens(["new"])
+    tokenizer.save_pretrained(where)
+    model, tokenizer = idp_peft.load(adapter, subfolder=place or None)
+    assert tokenizer("w4 new")["input_ids"] == [4, 97]
+    assert model.get_input_embeddings().weight.shape[0] == 98
+
+
+def test_a_compressed_base_is_unpacked_as_when_it_is_loaded_alone(tmp_path):
+    base = packed_folder(tmp_path / "base")
+    model = get_peft_model(load_model(base), IDPConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(idp_peft.load(tmp_path / "adapter")[0]), logits(model.eval()))
+    assert "compressed-tensors, 3 bits, groups of 8" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_adapters_of_other_methods_load_as_well(tmp_path):
+    base = load_model(tiny_folder(tmp_path / "base"))
+    lora = get_peft_model(
+        base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    )
+    lora.save_pretrained(tmp_path / "lora")
+    assert torch.equal(logits(idp_peft.load(tmp_path / "lora")[0]), logits(lora.eval()))
+
+
+def test_what_is_no_adapter_or_of_an_unknown_method_is_one_line(adapter, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_type": "TELEPATHY"}))
+    for name, kind, text in [
+        (adapter, ValueError, "is of a method that PEFT does not know ('TELEPATHY'): import the package it comes from"),
+        (adapter.parent / "base", FileNotFoundError, "is no adapter: there is no adapter_config.json in it"),
+        (adapter.parent / "nowhere", FileNotFoundError, "is no adapter: there is no adapter_config.json in it"),
+        ("nobody/nothing", ValueError, "`adapter` 'nobody/nothing' could not be loaded: "),
+    ]:
+        with pytest.raises(kind, match=re.escape(text)) as error:
+            idp_peft.load(name)
+        assert "\n" not in str(error.value)
