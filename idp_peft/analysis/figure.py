@@ -29,8 +29,10 @@ class ReportFigure(Figure):
         from PIL import Image
 
         drawn, small = io.BytesIO(), io.BytesIO()
-        self.savefig(drawn, format="png", dpi=64)
-        Image.open(drawn).convert("RGB").quantize(32, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+        self.savefig(drawn, format="png", dpi=60)
+        picture = Image.open(drawn).convert("RGB")
+        picture = picture.quantize(48, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        picture.save(small, "png", optimize=True)
         return small.getvalue()
 
 
