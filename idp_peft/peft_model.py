@@ -81,15 +81,11 @@ class KnowsItsCard:
         """
         measured = _results(self, results)
 
-        def save(folder: Path) -> None:
-            self.save_pretrained(str(folder))
-            (folder / "README.md").unlink()
-
         def describe(file: Path, repo_id: str) -> None:
             _write_card(self, file, repo_id, measured, list(tags or []))
 
         return push(
-            save,
+            self.save_pretrained,
             describe,
             repo_id,
             commit_message=commit_message or "Upload model",

@@ -264,6 +264,15 @@ def test_a_second_push_renews_our_part_and_keeps_what_others_wrote_on_the_hub(se
     assert after.text.count("## Use") == 1
 
 
+def test_a_card_that_cannot_be_read_now_is_not_taken_from_an_earlier_push(server, make):
+    model = make("llama")
+    for _ in range(2):
+        model.push_to_hub("user/name")  # the second one leaves the card in the cache
+    server.fail("card", 500)
+    with pytest.raises(PushError, match="'read the model card'"):
+        model.push_to_hub("user/name")
+
+
 def test_a_push_of_the_same_is_no_second_commit(server, make):
     model = make("llama")
     first = model.push_to_hub("user/name")
