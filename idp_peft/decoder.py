@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _POSITION_TABLES = ("wpe", "embed_positions")
+_CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument, and takes the old name too
 _BIDIRECTIONAL = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "megatron-bert")
 
 
@@ -45,8 +46,10 @@ def find_decoder(model: nn.Module) -> nn.Module:
 def _refuse_unknown_caches(decoder: nn.Module, name: str) -> None:
     """Raise where a layer keeps more than keys and values per token, or the decoder cannot be told positions."""
     parameters = forward_parameters(type(decoder))
-    if "past_key_values" not in parameters:
-        raise ValueError(f"IDP needs a decoder that takes `past_key_values`, which {type(decoder).__name__} does not")
+    if cache_name(type(decoder)) is None:
+        raise ValueError(
+            f"IDP needs a decoder that takes a cache of keys and values, which {type(decoder).__name__} does not"
+        )
     if position_limit(decoder) is not None and "position_ids" not in parameters:
         raise ValueError(
             f"IDP needs a decoder that takes `position_ids`, which {type(decoder).__name__} does not: its padded batches "
@@ -81,6 +84,29 @@ def find_attention(block: nn.Module) -> str | None:
 def forward_parameters(module_class: type[nn.Module]) -> tuple[str, ...]:
     """Names of the arguments of a module class's forward, in order, without `self`."""
     return tuple(inspect.signature(module_class.forward).parameters)[1:]
+
+
+@cache
+def cache_name(module_class: type[nn.Module]) -> str | None:
+    """What a module class's forward calls its cache of keys and values; `None` where it takes none."""
+    return next((name for name in _CACHE_NAMES if name in forward_parameters(module_class)), None)
+
+
+def given_cache(kwargs: dict):
+    """The cache of a call, by whichever name it was given; `None` without one."""
+    return next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
+def with_cache(kwargs: dict, cache, name: str) -> dict:
+    """A call's arguments with a cache under its one name."""
+    return {**{key: value for key, value in kwargs.items() if key not in _CACHE_NAMES}, name: cache}
+
+
+def replace_cache(output, cache) -> None:
+    """Hand back another cache in a model's output that holds one."""
+    name = next((name for name in _CACHE_NAMES if name in output), None)
+    if name is not None:
+        output[name] = cache
 
 
 @cache
@@ -185,5 +211,7 @@ def embedding_width(embeddings: nn.Module) -> int:
 
 
 def by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:
-    """A call's arguments by name, as a new dict."""
-    return {**dict(zip(forward_parameters(type(module)), args, strict=False)), **kwargs}
+    """A call's arguments by name, as a new dict; a cache by the name that the module's own forward has for it."""
+    named = {**dict(zip(forward_parameters(type(module)), args, strict=False)), **kwargs}
+    cache = given_cache(named)
+    return named if cache is None else with_cache(named, cache, cache_name(type(module)))

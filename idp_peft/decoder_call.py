@@ -14,12 +14,15 @@ from idp_peft.choice import prompts_for
 from idp_peft.concatenation import Concatenation
 from idp_peft.decoder import (
     by_name,
+    cache_name,
     distances_from_slots,
     find_blocks,
     forward_parameters,
+    given_cache,
     has_alibi,
     has_changing_rotary,
     needs_full_mask,
+    replace_cache,
     rotary_length,
 )
 from idp_peft.input_checks import (
@@ -65,7 +68,7 @@ class DecoderCall:
             return None
         _frames.set(None)
         kwargs = by_name(decoder, args, kwargs)
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         started = is_prompted(cache) and cache.idp_part is not None
         name = self.layer.active_name
         if (
@@ -78,14 +81,14 @@ class DecoderCall:
             if started and cache.idp_part.positions:
                 cache.refuse()
             if is_prompted(cache):
-                _enter(kwargs, _Frame(cache=cache, view=decoder_view(cache)))
+                _enter(decoder, kwargs, _Frame(cache=cache, view=decoder_view(cache)))
         elif started:
             self._continue(decoder, kwargs, cache)
         else:
             held = 0 if cache is None else int(cache.get_seq_length())
             if held:
                 raise ValueError(
-                    f"`past_key_values` already holds {held} tokens that no prompt of adapter {name!r} stands in front "
+                    f"the cache already holds {held} tokens that no prompt of adapter {name!r} stands in front "
                     "of: start from an empty cache"
                 )
             self._start(decoder, kwargs, cache)
@@ -106,8 +109,7 @@ class DecoderCall:
             return tuple(cache if part is frame.view and part is not None else part for part in output)
         if frame.concatenation is not None:
             frame.concatenation.drop_front(output)
-        if getattr(output, "past_key_values", None) is not None:
-            output["past_key_values"] = cache
+        replace_cache(output, cache)
         return output
 
     # ------------------------------------------------------------------ a cache that holds its prompt already
@@ -121,13 +123,13 @@ class DecoderCall:
         inputs = checked_inputs(kwargs)
         batch, tokens = inputs.shape[:2]
         if batch != len(part.prompt_ids):
-            raise ValueError(f"`past_key_values` holds {len(part.prompt_ids)} rows, the input has {batch}")
+            raise ValueError(f"the cache holds {len(part.prompt_ids)} rows, the input has {batch}")
         call = calls.current_call(self.layer)
         if call is not None and not call.seen:
             self._check_next_turn(call, part, batch)
             call.seen = True
         past = int(cache.get_seq_length())
-        mask = checked_mask(kwargs, batch, past + tokens, "past_key_values and the input")
+        mask = checked_mask(kwargs, batch, past + tokens, "the cache and the input")
         check_room(decoder, past + tokens, part.positions, mask)
         if kwargs.get("position_ids") is not None:
             positions = kwargs["position_ids"]
@@ -137,14 +139,14 @@ class DecoderCall:
             positions = torch.arange(past, past + tokens, device=inputs.device)[None]
         kwargs["attention_mask"] = _mask_with_prompt(decoder, cache, part, mask, batch, past + tokens)
         _set_positions(decoder, kwargs, positions + part.shift)
-        _enter(kwargs, _Frame(cache=cache, view=decoder_view(cache)))
+        _enter(decoder, kwargs, _Frame(cache=cache, view=decoder_view(cache)))
 
     def _check_next_turn(self, call: calls.Call, part: PromptPart, batch: int) -> None:
         """A choice is kept for every turn: what a call asks for must be what its cache was started with."""
         layer = self.layer
         if part.started_by != layer.signature:
             raise ValueError(
-                f"`past_key_values` was started by adapter {part.started_by[1]!r} of "
+                f"the cache was started by adapter {part.started_by[1]!r} of "
                 f"{'this' if part.started_by[0] == layer.signature[0] else 'another'} model, adapter "
                 f"{layer.active_name!r} is active: start a new cache, or switch back"
             )
@@ -156,12 +158,12 @@ class DecoderCall:
             forced = torch.where(forced == CHOOSES, kept, forced)
             if not torch.equal(forced, kept):
                 raise ValueError(
-                    f"`prompt_ids` {forced.tolist()} differ from those `past_key_values` was started with, "
+                    f"`prompt_ids` {forced.tolist()} differ from those the cache was started with, "
                     f"{kept.tolist()}: a choice is kept for every turn; start a new cache to change it"
                 )
         if call.selection_mask is not None:
             raise ValueError(
-                "`selection_mask` cannot steer a choice that `past_key_values` was started with: start a new cache"
+                "`selection_mask` cannot steer a choice that the cache was started with: start a new cache"
             )
         layer.remember(Selection(kept, prompt_names=layer.active_config.prompt_names))
 
@@ -210,7 +212,7 @@ class DecoderCall:
                 prompt_cache.put_rows(part.prompt_ids.clamp(min=0), frame.view)
             kwargs["attention_mask"] = _mask_with_prompt(decoder, cache, part, mask, len(real), tokens)
             _set_positions(decoder, kwargs, positions)
-        _enter(kwargs, frame)
+        _enter(decoder, kwargs, frame)
 
     def _checked(self, decoder: nn.Module, kwargs: dict) -> tuple[torch.Tensor | None, torch.Tensor]:
         """The caller's mask, and the real tokens it marks: bool `[batch, n]`."""
@@ -268,9 +270,9 @@ class DecoderCall:
         return joined
 
 
-def _enter(kwargs: dict, frame: _Frame) -> None:
+def _enter(decoder: nn.Module, kwargs: dict, frame: _Frame) -> None:
     if frame.view is not None:
-        kwargs["past_key_values"] = frame.view
+        kwargs[cache_name(type(decoder))] = frame.view
     _frames.set(frame)
 
 
@@ -278,7 +280,7 @@ def _returns_cache(decoder: nn.Module, kwargs: dict) -> bool:
     """Whether the caller gets a cache back, and so may go on from it."""
     use_cache = kwargs.get("use_cache")
     wanted = decoder.config.use_cache if use_cache is None else use_cache
-    return bool(wanted) or kwargs.get("past_key_values") is not None
+    return bool(wanted) or given_cache(kwargs) is not None
 
 
 def _is_checkpointing(decoder: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, StaticCache
 
 from idp_peft.call import Call, running
 from idp_peft.choice import choose
+from idp_peft.decoder import cache_name, given_cache, with_cache
 from idp_peft.prompt_ids import CHOOSES, check_prompt_ids
 from idp_peft.prompted_cache import adopt, is_prompted
 
@@ -41,9 +42,11 @@ def generate(layer, args: tuple, kwargs: dict, prompt_ids, selection_mask: torch
         names = layer.active_config.prompt_names
         forced = check_prompt_ids(prompt_ids, len(source), layer.active_bank.num_prompts, names)
         some_choose = bool((forced == CHOOSES).any())
+    if (cache := given_cache(kwargs)) is not None:
+        kwargs = with_cache(kwargs, cache, cache_name(type(layer.decoder)))
     settings = _Settings(kwargs.get("generation_config") or layer.model.generation_config, kwargs)
-    kwargs = _make_room(layer, source, settings, kwargs)
-    kept = kwargs.get("past_key_values") is not None or settings.get("return_dict_in_generate")
+    kwargs = _make_room(layer, source, settings, cache, kwargs)
+    kept = cache is not None or settings.get("return_dict_in_generate")
     call = Call(
         layer,
         prompt_ids,
@@ -88,14 +91,13 @@ def _choose_before_chunks(call: Call, source: torch.Tensor, kwargs: dict, settin
     return {**kwargs, "attention_mask": mask}
 
 
-def _make_room(layer, source: torch.Tensor, settings: _Settings, kwargs: dict) -> dict:
+def _make_room(layer, source: torch.Tensor, settings: _Settings, cache, kwargs: dict) -> dict:
     """Give static caches K more positions.
 
     A static cache is adopted before transformers sees it: to a compileable cache it would give 4-D masks that know
     nothing of the prompt.
     """
     longest = layer.active_bank.max_length
-    cache = kwargs.get("past_key_values")
     if isinstance(cache, StaticCache) and not is_prompted(cache):
         room = max(cache_layer.max_cache_len for cache_layer in cache.layers)  # sliding layers hold their window alone
         if room <= longest:
@@ -117,7 +119,7 @@ def _make_room(layer, source: torch.Tensor, settings: _Settings, kwargs: dict) -
         offloading="offloaded" in kind,
     )
     adopt(cache)
-    kwargs = {**kwargs, "past_key_values": cache}
+    kwargs = with_cache(kwargs, cache, cache_name(type(layer.decoder)))
     kwargs.pop("cache_implementation", None)
     if settings.config.cache_implementation is not None:
         kwargs["generation_config"] = copy.deepcopy(settings.config)

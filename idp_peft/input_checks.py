@@ -9,7 +9,7 @@ from torch import nn
 from transformers import StaticCache
 
 from idp_peft import call as calls
-from idp_peft.decoder import position_limit
+from idp_peft.decoder import given_cache, position_limit
 from idp_peft.host_loop import packs_rows
 from idp_peft.prompted_cache import is_prompted
 
@@ -36,7 +36,7 @@ def checked_mask(kwargs: dict, batch: int, slots: int, of: str) -> torch.Tensor 
             f"IDP needs a 2-D `attention_mask` [batch, tokens], got {kind}: ready-made masks have no room for the "
             "prompt (transformers builds one for static caches; through peft's `generate` they work)"
         )
-    if isinstance(kwargs.get("past_key_values"), StaticCache) and mask.shape[1] > slots:
+    if isinstance(given_cache(kwargs), StaticCache) and mask.shape[1] > slots:
         mask = mask[:, :slots]  # BLOOM pads its mask to the static cache's length
     if tuple(mask.shape) != (batch, slots):
         raise ValueError(f"`attention_mask` must cover {of}, [{batch}, {slots}], got {list(mask.shape)}")
@@ -60,7 +60,7 @@ def refuse_packed(kwargs: dict, real: torch.Tensor) -> None:
 def refuse_cache_under_checkpointing() -> None:
     """Raise for a cache that the layers would drop, and the prompt in it."""
     raise ValueError(
-        "a model in training mode with gradient checkpointing drops `past_key_values`: call `model.eval()` before "
+        "a model in training mode with gradient checkpointing drops the cache: call `model.eval()` before "
         "`generate`, or pass `use_cache=False`"
     )
 
@@ -92,7 +92,7 @@ def refuse_without_own_generate(layer, kwargs: dict) -> None:
     frames = _generate_frames(layer.model)
     if not frames:
         return
-    cache, config = kwargs.get("past_key_values"), layer.active_config
+    cache, config = given_cache(kwargs), layer.active_config
     settings = next((frame["generation_config"] for frame in frames if "generation_config" in frame), None)
     argument = None
     if isinstance(cache, StaticCache) and not is_prompted(cache):

@@ -19,7 +19,14 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, DynamicCache
 
-from idp_peft.decoder import check_selection_layer, find_attention, find_blocks, forward_parameters, uses_interface
+from idp_peft.decoder import (
+    cache_name,
+    check_selection_layer,
+    find_attention,
+    find_blocks,
+    forward_parameters,
+    uses_interface,
+)
 from idp_peft.prompt_cache import PromptCache
 from idp_peft.selection import AttentionLayer, BlockMask, attention_on_prompts, sum_by_prompt
 
@@ -115,9 +122,9 @@ def _run(decoder, layer, mask, inputs, cache: DynamicCache, position_ids, implem
     call = dict(
         inputs,
         attention_mask=torch.cat([front, mask.attention_mask], dim=1).long(),
-        past_key_values=cache,
         position_ids=position_ids,
         use_cache=True,
+        **{cache_name(type(decoder)): cache},
     )
     if "position_ids" not in forward_parameters(type(decoder)):
         del call["position_ids"]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from idp_peft.decoder import forward_parameters
+from idp_peft.decoder import cache_name, forward_parameters
 from idp_peft.prompt_bank import PromptBank
 
 
@@ -105,8 +105,8 @@ def compute_prompt_cache(
     cache = DynamicCache()
     decoder(
         inputs_embeds=tokens.to(dtype)[index],  # [M, K (+ 1), d]
-        past_key_values=cache,
         use_cache=True,
+        **{cache_name(type(decoder)): cache},
         **({"position_ids": positions} if "position_ids" in forward_parameters(type(decoder)) else {}),
     )
     source = bank.token_in_slot(device)  # [M, K], the row that belongs into each slot

@@ -478,7 +478,9 @@ def test_models_that_cannot_be_prompted_are_refused():
     with pytest.raises(ValueError, match=r"IDP needs attention in every layer of the decoder.*MambaForCausalLM"):
         get_peft_model(mamba, config)
     rwkv = RwkvForCausalLM(RwkvConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2, attention_hidden_size=8))
-    with pytest.raises(ValueError, match="IDP needs a decoder that takes `past_key_values`, which RwkvModel does not"):
+    with pytest.raises(
+        ValueError, match="IDP needs a decoder that takes a cache of keys and values, which RwkvModel does not"
+    ):
         get_peft_model(rwkv, config)
     pegasus = PegasusForCausalLM(
         PegasusConfig(

@@ -99,7 +99,7 @@ def test_masks_that_do_not_fit(make):
     with pytest.raises(ValueError, match=r"IDP needs a 2-D `attention_mask` \[batch, tokens\], got a 4-D tensor"):
         run(model, ids, attention_mask=torch.zeros(2, 1, 6, 6))
     cache = run(model, ids, attention_mask=mask, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match=r"must cover past_key_values and the input, \[2, 8\], got \[2, 2\]"):
+    with pytest.raises(ValueError, match=r"must cover the cache and the input, \[2, 8\], got \[2, 2\]"):
         run(model, ids[:, :2], attention_mask=mask[:, -2:], past_key_values=cache)
 
 
@@ -129,9 +129,7 @@ def test_caches_that_do_not_belong(make):
     ids, _ = token_batch([6])
     foreign = DynamicCache()
     run(base, ids, past_key_values=foreign)
-    with pytest.raises(
-        ValueError, match="`past_key_values` already holds 6 tokens that no prompt of adapter 'default'"
-    ):
+    with pytest.raises(ValueError, match="the cache already holds 6 tokens that no prompt of adapter 'default'"):
         run(model, ids, past_key_values=foreign)
     own = run(model, ids, use_cache=True, prompt_ids=torch.tensor([1])).past_key_values
     assert own.get_seq_length() == 6
@@ -139,11 +137,9 @@ def test_caches_that_do_not_belong(make):
         run(model, ids, past_key_values=own)
     with pytest.raises(RuntimeError, match="this cache begins with an IDP prompt"):
         run(base, ids, past_key_values=own)
-    with pytest.raises(
-        ValueError, match=r"`prompt_ids` \[2\] differ from those `past_key_values` was started with, \[1\]"
-    ):
+    with pytest.raises(ValueError, match=r"`prompt_ids` \[2\] differ from those the cache was started with, \[1\]"):
         run(model, ids, past_key_values=own, prompt_ids=torch.tensor([2]))
-    with pytest.raises(ValueError, match="`past_key_values` holds 1 rows, the input has 2"):
+    with pytest.raises(ValueError, match="the cache holds 1 rows, the input has 2"):
         run(model, ids.repeat(2, 1), past_key_values=own)
     small = StaticCache(config=base.config, max_cache_len=3)
     with pytest.raises(ValueError, match="the static cache holds 3 positions, the prompts alone take 4"):

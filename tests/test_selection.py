@@ -197,9 +197,7 @@ def test_the_second_turn_reports_and_keeps_the_first_turns_choice(make):
     cache = first.past_key_values
     import copy
 
-    with pytest.raises(
-        ValueError, match="`selection_mask` cannot steer a choice that `past_key_values` was started with"
-    ):
+    with pytest.raises(ValueError, match="`selection_mask` cannot steer a choice that the cache was started with"):
         model.generate(**call, past_key_values=copy.deepcopy(cache), selection_mask=longer_mask)
     second = model.generate(**call, past_key_values=cache)
     assert model.last_selection.prompt_ids.tolist() == [0, 2, 3]

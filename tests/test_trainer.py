@@ -186,7 +186,7 @@ def test_checkpointing_layers_drop_caches_but_never_the_prompt(make):
         for use_cache in (True, False):
             assert (model(input_ids=ids, labels=ids, use_cache=use_cache).logits - expected).abs().max() <= 1e-5
         assert torch.equal(model.generate(input_ids=ids, max_new_tokens=3, use_cache=False), generated)
-        with pytest.raises(ValueError, match=r"gradient checkpointing drops `past_key_values`: call `model.eval\(\)`"):
+        with pytest.raises(ValueError, match=r"gradient checkpointing drops the cache: call `model.eval\(\)`"):
             model.generate(input_ids=ids, max_new_tokens=3)
         assert torch.equal(model.eval().generate(input_ids=ids, max_new_tokens=3), generated)
 
