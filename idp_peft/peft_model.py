@@ -8,13 +8,6 @@ from types import FrameType
 
 from peft import PeftModel, PeftModelForCausalLM
 
-from idp_peft.base_model import base_of
-from idp_peft.card_results import Results, read_results
-from idp_peft.card_text import CardFacts
-from idp_peft.config import IDPConfig
-from idp_peft.hub import push
-from idp_peft.model_card import write_card
-
 
 class KnowsItsCard:
     """What PEFT writes and pushes for any adapter, right for an IDP one.
@@ -43,8 +36,10 @@ class KnowsItsCard:
         Raises:
             `FileNotFoundError`, `ValueError`: for `results` that are none, or none of this adapter.
         """
+        from idp_peft.hub.live_model import results_of, write_card_of
+
         place = _repository_of_trainer(sys._getframe(1)) or Path(output_dir).absolute().name
-        _write_card(self, Path(output_dir) / "README.md", place, _results(self, results), [])
+        write_card_of(self, Path(output_dir) / "README.md", place, results_of(self, results), [])
 
     def push_to_hub(
         self,
@@ -79,10 +74,13 @@ class KnowsItsCard:
             `PushError`: where a step failed: which one, what is in the repository, and what to do.
             `FileNotFoundError`, `ValueError`: for `results` that are none, or none of this adapter.
         """
-        measured = _results(self, results)
+        from idp_peft.hub.live_model import results_of, write_card_of
+        from idp_peft.hub.push import push
+
+        measured = results_of(self, results)
 
         def describe(file: Path, repo_id: str) -> None:
-            _write_card(self, file, repo_id, measured, list(tags or []))
+            write_card_of(self, file, repo_id, measured, list(tags or []))
 
         return push(
             self.save_pretrained,
@@ -121,41 +119,6 @@ def adopt(frame: FrameType) -> None:
     if frame.f_code is PeftModel.__init__.__code__:
         model = frame.f_locals["self"]
         model.__class__ = _OURS.get(type(model), type(model))
-
-
-# Functions and not methods: a `PeftModel` is a torch module, which has private names of its own.
-
-
-def _results(model: PeftModel, sources) -> Results | None:
-    config = next(iter(_configs(model).values()))
-    return read_results(sources, config.num_prompts, _number_of_parameters(model))
-
-
-def _configs(model: PeftModel) -> dict[str, IDPConfig]:
-    """Sub-folder -> config, as `save_pretrained` lays adapters out, the root first."""
-    places = {"" if name == "default" else name: config for name, config in model.peft_config.items()}
-    return dict(sorted(places.items(), key=lambda item: item[0] != ""))
-
-
-def _number_of_parameters(model: PeftModel) -> int:
-    first = next(iter(_configs(model))) or "default"
-    bank = model.base_model.layer.idp_prompts[first]
-    return bank.num_embeddings * bank.embedding_dim  # a sharded weight has no elements of its own
-
-
-def _write_card(model: PeftModel, file: Path, place: str, results: Results | None, tags: list[str]) -> None:
-    configs, base = _configs(model), model.get_base_model()
-    name = next(iter(configs.values())).base_model_name_or_path or getattr(base, "name_or_path", None)
-    facts = CardFacts(
-        place=place,
-        base=base_of(name, getattr(base, "config", None)),
-        adapters=configs,
-        parameters=_number_of_parameters(model),
-        results=results,
-        training=None if results is None else results.ours.get("training"),
-        tags=[*model.model_tags, *tags],
-    )
-    write_card(file, facts)
 
 
 def _repository_of_trainer(frame: FrameType) -> str | None:

@@ -58,7 +58,7 @@ def _report(options) -> None:
 
 
 def _push(options) -> None:
-    from idp_peft.adapter_folder import push_adapter
+    from idp_peft.hub.adapter_folder import push_adapter
 
     commit = push_adapter(
         options.adapter,

@@ -30,6 +30,7 @@ from transformers import (
 
 from idp_peft import IDPConfig
 from idp_peft.choice import select
+from tests.hosts import needs_transformers_adapter_methods
 from tests.reference import bank_of, concatenated_logits
 from tests.tiny import NAMES, tiny, token_batch
 
@@ -158,6 +159,7 @@ def test_a_hooked_model_can_be_copied_and_pickled(make):
         assert torch.equal(logits(model), expected), "unloading a copy must not unload the original"
 
 
+@needs_transformers_adapter_methods
 def test_transformers_own_adapter_methods(make, tmp_path):
     reference = make("llama")
     reference.save_pretrained(tmp_path)

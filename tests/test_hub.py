@@ -16,9 +16,10 @@ from huggingface_hub import RepoCard
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 
 from idp_peft import IDPConfig
-from idp_peft.adapter_folder import push_adapter
-from idp_peft.hub import PushError
+from idp_peft.hub.adapter_folder import push_adapter
+from idp_peft.hub.push import PushError
 from idp_peft.peft_model import IDPPeftModel, IDPPeftModelForCausalLM
+from tests.hosts import needs_transformers_adapter_methods
 from tests.hub_server import TOKEN, HubServer, metadata_errors, only_hub
 from tests.tiny import tiny
 from tests.tiny_folder import tiny_folder
@@ -503,6 +504,7 @@ def test_models_with_another_method_or_class_stay_what_they_are(tmp_path):
     assert "idp_peft" not in PeftModel.push_to_hub.__module__ + PeftModel.create_or_update_model_card.__module__
 
 
+@needs_transformers_adapter_methods
 def test_transformers_own_adapter_methods_make_no_class_of_ours():
     base = tiny("llama")
     kind = type(base)

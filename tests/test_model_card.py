@@ -11,10 +11,10 @@ import pytest
 from huggingface_hub import ModelCard, RepoCard
 
 from idp_peft import IDPConfig, assets
-from idp_peft.base_model import Base, base_of, describe_quantization, is_hub_id
-from idp_peft.card_results import read_results
-from idp_peft.card_text import CardFacts, body
-from idp_peft.model_card import BEGIN, END, write_card
+from idp_peft.hub.base_model import Base, base_of, describe_quantization, is_hub_id
+from idp_peft.hub.card_results import read_results
+from idp_peft.hub.card_text import CardFacts, body
+from idp_peft.hub.model_card import BEGIN, END, write_card
 from tests.hub_server import metadata_errors
 
 DEMO = Path(__file__).parent.parent / "benchmarks" / "demo" / "results"

@@ -11,11 +11,11 @@ import transformers
 from peft import PeftModel, get_peft_model
 from transformers import TrainingArguments, set_seed
 
-from idp_peft.adapter_folder import push_adapter
 from idp_peft.evaluation import environment
 from idp_peft.fingerprint import fingerprint
 from idp_peft.gradient_probe import probe_gradients
-from idp_peft.hub import PushError
+from idp_peft.hub.adapter_folder import push_adapter
+from idp_peft.hub.push import PushError
 from idp_peft.loading import accepted_by_trainer, load_model, load_tokenizer
 from idp_peft.recover.distillation import check_distillation
 from idp_peft.recover.methods import LEARNING_RATES, corpus_starts, method_config

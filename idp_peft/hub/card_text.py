@@ -6,9 +6,9 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from idp_peft.base_model import Base, describe_quantization
-from idp_peft.card_results import Results
 from idp_peft.config import IDPConfig
+from idp_peft.hub.base_model import Base, describe_quantization
+from idp_peft.hub.card_results import Results
 from idp_peft.loading import READERS
 
 IMPORT = "import idp_peft  # pip install {packages}; without this import PEFT raises KeyError: 'IDP'"

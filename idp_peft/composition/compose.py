@@ -12,9 +12,9 @@ from peft import PromptTuningConfig, TaskType, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from idp_peft.base_skeleton import BaseNotFound, is_same_place, position_counts_bank, shared_base
+from idp_peft.composition.base_skeleton import BaseNotFound, is_same_place, position_counts_bank, shared_base
+from idp_peft.composition.prompt_sources import PromptSource, distinct, read_prompts
 from idp_peft.config import IDPConfig
-from idp_peft.prompt_sources import PromptSource, distinct, read_prompts
 
 # What the adapters say, and the arguments of `compose` for it.
 _GIVEN = {

@@ -12,9 +12,9 @@ import yaml
 from huggingface_hub import RepoCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from idp_peft.base_model import is_hub_id
-from idp_peft.card_results import MEASURED_BY
-from idp_peft.card_text import CardFacts, body
+from idp_peft.hub.base_model import is_hub_id
+from idp_peft.hub.card_results import MEASURED_BY
+from idp_peft.hub.card_text import CardFacts, body
 
 logger = logging.getLogger(__name__)
 

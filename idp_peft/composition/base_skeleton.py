@@ -12,8 +12,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from idp_peft.composition.prompt_sources import PromptSource
 from idp_peft.decoder import embedding_width, find_decoder, has_changing_rotary, has_learned_positions
-from idp_peft.prompt_sources import PromptSource
 
 
 class BaseNotFound(ValueError):
