@@ -8,7 +8,6 @@ import torch
 
 from idp_peft import call as calls
 from idp_peft.probe import attention_at_layer
-from idp_peft.prompt_cache import PromptCache
 from idp_peft.prompt_ids import AUTO, CHOOSES, check_prompt_ids
 from idp_peft.random_choice import choose_random
 from idp_peft.selection import (
@@ -19,14 +18,14 @@ from idp_peft.selection import (
 )
 
 
-def prompts_for(layer, kwargs: dict, real: torch.Tensor, prompt_cache: PromptCache | None) -> torch.Tensor:
+def prompts_for(layer, kwargs: dict, real: torch.Tensor, rotary_length: int | None) -> torch.Tensor:
     """The prompt of each row of a fresh input, int64 `[batch]`; what was chosen is remembered on the layer.
 
     Args:
         layer (`IDPLayer`): whose active adapter decides.
         kwargs (`dict`): the decoder's call: `input_ids` `[batch, n]` or `inputs_embeds` `[batch, n, d]`.
         real (`torch.Tensor`): bool `[batch, n]`, the attention mask.
-        prompt_cache (`PromptCache`, *optional*): one computed in this step, to be read instead of the remembered one.
+        rotary_length (`int`, *optional*): of the sequence, where rotary frequencies depend on it.
     """
     batch = len(real)
     call = calls.current_call(layer) or calls.Call(layer)
@@ -35,30 +34,30 @@ def prompts_for(layer, kwargs: dict, real: torch.Tensor, prompt_cache: PromptCac
     if selection is None:
         given = (slice(None, None, batch // rows), slice(call.tokens))  # without beams and drafted tokens
         inputs = {name: kwargs[name][given] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None}
-        selection = choose(call, inputs, real[given], prompt_cache)
+        selection = choose(call, inputs, real[given], rotary_length)
     if call.generating:
         call.chosen = selection
     layer.remember(selection)
     return selection.prompt_ids.repeat_interleave(batch // rows)
 
 
-def choose(call: calls.Call, inputs: dict, real: torch.Tensor, prompt_cache: PromptCache | None = None) -> Selection:
+def choose(call: calls.Call, inputs: dict, real: torch.Tensor, rotary_length: int | None = None) -> Selection:
     """The prompt of each row of a call's own input: forced where the call says so, assigned or selected elsewhere.
 
     Args:
         call (`Call`): what it asks for.
-        inputs (`dict`), real (`torch.Tensor`), prompt_cache (`PromptCache`, *optional*): as in [`select`].
+        inputs (`dict`), real (`torch.Tensor`), rotary_length (`int`, *optional*): as in [`select`].
     """
     config = call.owner.active_config
     if call.prompt_ids is None:
-        selection = _assign_or_select(call, inputs, real, prompt_cache)
+        selection = _assign_or_select(call, inputs, real, rotary_length)
     else:
         forced = check_prompt_ids(call.prompt_ids, len(real), config.num_prompts, config.prompt_names)
         rows = torch.tensor([row for row, chosen in enumerate(forced.tolist()) if chosen == CHOOSES], dtype=torch.long)
         selection = Selection(forced)
         if len(rows):
             selection = _put(
-                _assign_or_select(call, inputs, real, prompt_cache, rows), rows, forced, config.num_prompts
+                _assign_or_select(call, inputs, real, rotary_length, rows), rows, forced, config.num_prompts
             )
     return replace(selection, prompt_names=config.prompt_names)
 
@@ -74,7 +73,7 @@ def _put(selection: Selection, rows: torch.Tensor, forced: torch.Tensor, num_pro
     return Selection(prompt_ids, scores)
 
 
-def _assign_or_select(call: calls.Call, inputs: dict, real: torch.Tensor, prompt_cache, rows=None) -> Selection:
+def _assign_or_select(call: calls.Call, inputs: dict, real: torch.Tensor, rotary_length, rows=None) -> Selection:
     """What rows get whose prompt is not forced: int64 `rows`, all by default."""
     layer = call.owner
     config = layer.active_config
@@ -91,7 +90,7 @@ def _assign_or_select(call: calls.Call, inputs: dict, real: torch.Tensor, prompt
                 "assignment='selected' needs `labels` or `selection_mask` in the model's call, so that targets cannot "
                 "steer the choice (Trainer's label smoothing takes the labels out of it)"
             )
-    return select(layer, inputs, real, call.selection_mask, call.labels, prompt_cache, rows)
+    return select(layer, inputs, real, call.selection_mask, call.labels, rotary_length, rows)
 
 
 def select(
@@ -100,7 +99,7 @@ def select(
     real: torch.Tensor,
     selection_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
-    prompt_cache: PromptCache | None = None,
+    rotary_length: int | None = None,
     rows: torch.Tensor | None = None,
 ) -> Selection:
     """Select a prompt for each row by the active adapter's rule (`config.selection`).
@@ -112,7 +111,7 @@ def select(
         selection_mask (`torch.Tensor`, *optional*): `[batch, n]`, tokens that may steer the choice.
         labels (`torch.Tensor`, *optional*): `[batch, n]`; without a `selection_mask`, the choice reads what stands
             before a row's first label.
-        prompt_cache (`PromptCache`, *optional*): to be read instead of the remembered one.
+        rotary_length (`int`, *optional*): of the sequence, where rotary frequencies depend on it.
         rows (`torch.Tensor`, *optional*): int64 `[choosing]`, on the CPU: the rows that choose. The result is theirs
             alone, in this order; all rows by default.
 
@@ -128,8 +127,7 @@ def select(
         inputs, real = {name: value[rows] for name, value in inputs.items()}, real[rows]
     if config.selection == "random":
         return Selection(choose_random(_content(inputs), context, config.num_prompts, config.selection_seed))
-    if prompt_cache is None:
-        prompt_cache = layer.prompt_cache()
+    prompt_cache = layer.prompt_cache_for_choice(rotary_length)
     on_prompts = attention_at_layer(layer.decoder, layer.selection_layer, prompt_cache, inputs, real)  # [B, n, M]
     scores = scores_from_attention(on_prompts, context, prompt_cache.lengths, config.selection_reduction)
     return Selection(scores.argmax(-1), scores)

@@ -176,7 +176,6 @@ class DecoderCall:
         tokens = real.shape[1]
         if (call := calls.current_call(layer)) is not None:
             call.seen = True
-        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in decoder.parameters())
         checkpointing = _is_checkpointing(decoder)
         returns_cache = _returns_cache(decoder, kwargs)
         padding_first = self._padding_must_stand_first(decoder, mask, tokens, returns_cache)
@@ -185,13 +184,7 @@ class DecoderCall:
         length = None
         if has_changing_rotary(decoder):
             length = rotary_length(decoder, bank.max_length + (tokens if mask is None else int(real.sum(-1).max())))
-        prompt_cache = None
-        if trains and not concatenate:
-            prompt_cache = layer.prompt_cache_with_graph(length)
-        elif length is not None:
-            prompt_cache = layer.prompt_cache(length)
-
-        part = self._part(prompts_for(layer, kwargs, real, prompt_cache).to(real.device))
+        part = self._part(prompts_for(layer, kwargs, real, length).to(real.device))
         if not part.positions and cache is None and not returns_cache:
             return  # the base model, exactly
         positions = kwargs.get("position_ids")
@@ -208,8 +201,7 @@ class DecoderCall:
             frame.concatenation = self._concatenate(decoder, kwargs, part, real, positions, padding_first)
         else:
             if part.positions:
-                prompt_cache = prompt_cache or layer.prompt_cache()
-                prompt_cache.put_rows(part.prompt_ids.clamp(min=0), frame.view)
+                self._put_prompts(part.prompt_ids.clamp(min=0), frame.view, length)
             kwargs["attention_mask"] = _mask_with_prompt(decoder, cache, part, mask, len(real), tokens)
             _set_positions(decoder, kwargs, positions)
         _enter(decoder, kwargs, frame)
@@ -252,6 +244,14 @@ class DecoderCall:
                 real_slots = bank.real_slots(prompt_ids.device)[prompt_ids.clamp(min=0)]
                 part.mask = real_slots & has_prompt[:, None]  # [B, K]
         return part
+
+    def _put_prompts(self, prompt_ids: torch.Tensor, cache, rotary_length: int | None) -> None:
+        """Write each row's prompt into an empty cache: a copy of what is known, or, in training, with its graph."""
+        if not self.layer.trains:
+            self.layer.prompt_cache(rotary_length).put_rows(prompt_ids, cache)
+            return
+        used, rows = prompt_ids.unique(return_inverse=True)
+        self.layer.prompt_cache_with_graph(used, rotary_length).put_rows(rows, cache)
 
     def _concatenate(self, decoder, kwargs: dict, part: PromptPart, real, positions, padding_first) -> Concatenation:
         """Prepend embeddings; the decoder computes the prompt with the input."""

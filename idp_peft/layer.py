@@ -15,6 +15,7 @@ from idp_peft.config import IDPConfig
 from idp_peft.decoder import embedding_dtype, embedding_width, find_blocks
 from idp_peft.decoder_call import DecoderCall
 from idp_peft.model_call import ModelCall
+from idp_peft.probe import first_layers
 from idp_peft.prompt_bank import PromptBank, initial_tokens
 from idp_peft.prompt_cache import PromptCache, compute_prompt_cache
 from idp_peft.remembered_cache import RememberedCache
@@ -151,10 +152,30 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         with internal_run(), _Evaluating(self.decoder):
             return remembered.get(self.decoder, self.active_bank, self.dtype, rotary_length)
 
-    def prompt_cache_with_graph(self, rotary_length: int | None = None) -> PromptCache:
-        """The active adapter's prompt cache for one training step: gradients flow through it."""
+    @property
+    def trains(self) -> bool:
+        """Whether a forward of the calling thread builds a graph: prompts then change from step to step."""
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.decoder.parameters())
+
+    def prompt_cache_with_graph(self, prompts: torch.Tensor, rotary_length: int | None = None) -> PromptCache:
+        """The keys and values of some prompts for one training step: gradients flow through them.
+
+        Args:
+            prompts (`torch.Tensor`): int64 `[m]`, the prompts that the batch uses. The others get a gradient of zero.
+        """
         with internal_run():
-            return compute_prompt_cache(self.decoder, self.active_bank, self.dtype, rotary_length)
+            return compute_prompt_cache(self.decoder, self.active_bank, self.dtype, rotary_length, prompts)
+
+    def prompt_cache_for_choice(self, rotary_length: int | None = None) -> PromptCache:
+        """What the choice reads: the prompt cache, or while prompts train, one that ends at the selection layer.
+
+        A training step has no use for the layers above: it runs those prompts again that were chosen, with a graph.
+        """
+        if not self.trains:
+            return self.prompt_cache(rotary_length)
+        with torch.no_grad(), _Evaluating(self.decoder):
+            part = first_layers(self.decoder, self.selection_layer)
+            return compute_prompt_cache(part, self.active_bank, self.dtype, rotary_length)
 
     # ------------------------------------------------------------------ what was chosen last
 

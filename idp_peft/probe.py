@@ -138,6 +138,14 @@ def _run(decoder, layer, mask, inputs, cache: DynamicCache, position_ids, implem
     raise RuntimeError(f"the attention of layer {layer} of {type(decoder).__name__} was not reached")
 
 
+def first_layers(decoder: nn.Module, layer: int) -> nn.Module:
+    """A shallow copy of a decoder that ends behind `layer` and has no hooks of its own; its layers are the decoder's."""
+    name, blocks = find_blocks(decoder)
+    part = _bare_copy(decoder)
+    part._modules[name] = nn.ModuleList(blocks[: layer + 1])
+    return part
+
+
 def _copy_decoder(decoder: nn.Module, layer: int, implementation: str) -> nn.Module:
     config = copy.copy(decoder.config)
     config._attn_implementation_internal = implementation

@@ -25,7 +25,8 @@ class PromptCache:
     first token and must be masked.
 
     Args:
-        keys (`list[torch.Tensor]`): per layer `[M, kv_heads, K, head_dim]`.
+        keys (`list[torch.Tensor]`): per layer `[M, kv_heads, K, head_dim]`. (While training: of fewer layers, or of the
+            prompts that a batch uses; K stays the bank's.)
         values (`list[torch.Tensor]`): per layer `[M, kv_heads, K, head_dim]`.
         lengths (`list[int]`): k_i.
     """
@@ -46,7 +47,7 @@ class PromptCache:
             prompt_ids (`torch.Tensor`): int64 `[batch]`, from 0 to M-1.
             cache (`transformers.Cache`): receives `[batch, kv_heads, K, head_dim]` per layer.
         """
-        slots = torch.arange(max(self.lengths), device=prompt_ids.device)
+        slots = torch.arange(self.keys[0].shape[-2], device=prompt_ids.device)
         for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             rows = prompt_ids.to(keys.device)
             # `cache_position` is what static caches of transformers 5.0 write by; later versions ignore it.
@@ -62,7 +63,7 @@ class PromptCache:
         return self._cache(num_layers, batch, lambda tensor: self._real(tensor, prompt))
 
     def _real(self, tensor: torch.Tensor, prompt: int) -> torch.Tensor:
-        return tensor[prompt, :, max(self.lengths) - self.lengths[prompt] :]  # [kv_heads, k_i, head_dim]
+        return tensor[prompt, :, tensor.shape[-2] - self.lengths[prompt] :]  # [kv_heads, k_i, head_dim]
 
     def _cache(self, num_layers: int, batch: int, pick: Callable[[torch.Tensor], torch.Tensor]) -> DynamicCache:
         cache = DynamicCache()
@@ -75,7 +76,11 @@ class PromptCache:
 
 
 def compute_prompt_cache(
-    decoder: nn.Module, bank: PromptBank, dtype: torch.dtype, rotary_length: int | None = None
+    decoder: nn.Module,
+    bank: PromptBank,
+    dtype: torch.dtype,
+    rotary_length: int | None = None,
+    prompts: torch.Tensor | None = None,
 ) -> PromptCache:
     """Run each prompt alone through the decoder. Gradients flow where they are enabled.
 
@@ -88,6 +93,8 @@ def compute_prompt_cache(
         dtype (`torch.dtype`): what they are cast to.
         rotary_length (`int`, *optional*): where rotary frequencies depend on the length of the sequence, that length; a
             last token at its end, which no prompt sees, makes the decoder choose them.
+        prompts (`torch.Tensor`, *optional*): int64 `[m]`, the prompts to run; all by default. Row j of the result is
+            prompt `prompts[j]`.
 
     Raises:
         `ValueError`: where a prompt holds NaN or infinity.
@@ -95,21 +102,22 @@ def compute_prompt_cache(
     tokens = bank.tokens()  # [sum_i k_i, d]
     check_finite(bank, tokens)
     device, longest = tokens.device, bank.max_length
-    lengths = torch.tensor(bank.lengths, device=device)
+    prompts = torch.arange(bank.num_prompts, device=device) if prompts is None else prompts.to(device)
+    lengths = torch.tensor(bank.lengths, device=device)[prompts]
     slots = torch.arange(longest, device=device)
-    positions = (longest - lengths[:, None] + slots).clamp(max=longest - 1)  # [M, K]
-    index = bank.token_index("left", device)  # [M, K]
+    positions = (longest - lengths[:, None] + slots).clamp(max=longest - 1)  # [m, K]
+    index = bank.token_index("left", device)[prompts]  # [m, K]
     if rotary_length is not None:
         index = torch.cat([index, index[:, -1:]], dim=1)
         positions = nn.functional.pad(positions, (0, 1), value=rotary_length - 1)
     cache = DynamicCache()
     decoder(
-        inputs_embeds=tokens.to(dtype)[index],  # [M, K (+ 1), d]
+        inputs_embeds=tokens.to(dtype)[index],  # [m, K (+ 1), d]
         use_cache=True,
         **{cache_name(type(decoder)): cache},
         **({"position_ids": positions} if "position_ids" in forward_parameters(type(decoder)) else {}),
     )
-    source = bank.token_in_slot(device)  # [M, K], the row that belongs into each slot
+    source = bank.token_in_slot(device)[prompts]  # [m, K], the row that belongs into each slot
     equal = len(set(bank.lengths)) == 1
 
     def place(tensor: torch.Tensor) -> torch.Tensor:
@@ -120,7 +128,8 @@ def compute_prompt_cache(
         return tensor.gather(2, index)
 
     layers = cache.layers
-    return PromptCache([place(layer.keys) for layer in layers], [place(layer.values) for layer in layers], bank.lengths)
+    keys, values = [place(layer.keys) for layer in layers], [place(layer.values) for layer in layers]
+    return PromptCache(keys, values, [bank.lengths[prompt] for prompt in prompts.tolist()])
 
 
 def check_finite(bank: PromptBank, tokens: torch.Tensor) -> None:

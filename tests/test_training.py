@@ -149,19 +149,56 @@ def test_selected_trains_the_prompt_the_example_would_choose(make):
     assert {i for i, part in enumerate(parts) if part.abs().max() > 0} == set(chosen.tolist())
 
 
-def test_prompt_rows_run_once_per_step_not_once_per_example(make):
-    model = make("llama", num_prompts=2, num_virtual_tokens=5)
-    ids, _ = token_batch([7] * 6)
+def rows_run(model, layer: int, **batch) -> list[tuple[int, int]]:
+    """Rows and tokens that reach a layer during one training step."""
     seen = []
-    handle = (
-        model.get_base_model()
-        .model.layers[1]
-        .register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
-    )
+    block = model.get_base_model().model.layers[layer]
+    handle = block.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
     model.train()
-    model(input_ids=ids, labels=ids).loss.backward()
+    model(**batch).loss.backward()
     handle.remove()
-    assert seen == [(2, 5), (6, 7)]
+    return seen
+
+
+def test_a_step_runs_each_prompt_that_the_batch_uses_once_and_no_other(make):
+    model = make("llama", num_prompts=4, num_virtual_tokens=5)
+    ids, _ = token_batch([7] * 6)
+    forced = torch.tensor([3, 1, 1, 3, 3, 1])
+    assert rows_run(model, 1, input_ids=ids, labels=ids, prompt_ids=forced) == [(2, 5), (6, 7)]
+    gradient = bank_of(model).weight.grad.view(4, 5, -1).abs().amax(dim=(1, 2))
+    assert gradient[[0, 2]].eq(0).all()
+    assert gradient[[1, 3]].gt(0).all()
+
+
+@pytest.mark.parametrize("selection_layer", [0, 1])
+def test_choosing_in_training_runs_all_prompts_up_to_the_selection_layer(make, selection_layer):
+    model = make("llama", num_prompts=4, num_virtual_tokens=5, selection_layer=selection_layer)
+    ids, _ = token_batch([7] * 6)
+    labels = ids.masked_fill(torch.arange(7) < 4, -100)
+    seen = rows_run(model, selection_layer, input_ids=ids, labels=labels)
+    used = len(model.last_selection.prompt_ids.unique())
+    assert seen == [(4, 5), (used, 5), (6, 7)]
+    assert (used, 5) in rows_run(model, 2, input_ids=ids, labels=labels)
+    assert (4, 5) not in rows_run(model, 2, input_ids=ids, labels=labels)
+
+
+@pytest.mark.parametrize("selection_layer", [0, 2])
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [2, 6, 4]])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gptj"])
+def test_training_chooses_what_inference_chooses(make, name, lengths, selection_layer):
+    model = make(name, num_prompts=3, num_virtual_tokens=lengths, selection_layer=selection_layer)
+    ids, mask = token_batch([9, 7, 5, 8])
+    labels = ids.masked_fill((torch.arange(9) < 4) | (mask == 0), -100)
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask, labels=labels)
+    expected = model.last_selection
+    for checkpointing in (False, True):
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        assert torch.equal(model.last_selection.prompt_ids, expected.prompt_ids)
+        assert (model.last_selection.scores - expected.scores).abs().max() <= 1e-6
 
 
 def test_autocast_trains_float32_prompts(make):

@@ -148,12 +148,11 @@ def _choose(layer: IDPLayer, batch: dict):
     """The choice as the decoder's own call makes it."""
     real, bank = batch["attention_mask"].bool(), layer.active_bank
     check_room(layer.decoder, real.shape[1], bank.max_length, real)
-    cache = None
+    length = None
     if has_changing_rotary(layer.decoder):
         length = rotary_length(layer.decoder, bank.max_length + int(real.sum(-1).max()))
-        cache = None if length is None else layer.prompt_cache(length)
     inputs = {"input_ids": batch["input_ids"]}
-    return select(layer, inputs, real, batch.get("selection_mask"), batch.get("labels"), cache)
+    return select(layer, inputs, real, batch.get("selection_mask"), batch.get("labels"), length)
 
 
 def _put(table: np.ndarray, rows: list[int], values: torch.Tensor) -> np.ndarray:
