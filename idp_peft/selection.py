@@ -110,11 +110,12 @@ class AttentionLayer:
         """
         batch, heads, queries, width = query.shape
         kv_heads = key.shape[1]
-        grouped = query.reshape(batch, kv_heads, heads // kv_heads * queries, width)
-        logits = (grouped @ key.transpose(-1, -2)).view(batch, heads, queries, -1).float() * self.scaling
+        # In place where it can be: these tensors are the largest of a choice, and each pass over them is felt.
+        grouped = (query * self.scaling).reshape(batch, kv_heads, heads // kv_heads * queries, width)
+        logits = (grouped @ key.transpose(-1, -2)).view(batch, heads, queries, -1).float()
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
+        logits.masked_fill_(~visible, torch.finfo(logits.dtype).min)
         if self.sinks is None:
             return logits.softmax(-1)
         sinks = self.sinks.float().view(1, heads, 1, 1).expand(batch, heads, queries, 1)
