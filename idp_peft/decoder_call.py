@@ -62,6 +62,7 @@ class DecoderCall:
     def __init__(self, layer) -> None:
         self.layer = layer
 
+    @torch.compiler.disable
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict):
         """Forward pre-hook."""
         if calls.is_internal_run():
@@ -94,6 +95,7 @@ class DecoderCall:
             self._start(decoder, kwargs, cache)
         return (), kwargs
 
+    @torch.compiler.disable
     def after(self, decoder: nn.Module, args: tuple, kwargs: dict, output):
         """Forward post-hook: the caller's cache and the caller's n positions; runs after errors too."""
         frame = _frames.get()

@@ -22,6 +22,7 @@ class ModelCall:
     def __init__(self, layer) -> None:
         self.layer = layer
 
+    @torch.compiler.disable
     def before(self, model: nn.Module, args: tuple, kwargs: dict):
         """Forward pre-hook."""
         own = {name: kwargs[name] for name in _OWN if kwargs.get(name) is not None}
@@ -48,6 +49,7 @@ class ModelCall:
         calls.begin(call)
         return args, kwargs
 
+    @torch.compiler.disable
     def after(self, model: nn.Module, args: tuple, kwargs: dict, output):
         """Forward post-hook; runs after errors too, then without an output."""
         call = calls.current_call(self.layer)
