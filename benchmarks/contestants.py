@@ -77,6 +77,27 @@ def _sharing_weights(base):
     return copy.deepcopy(base, kept)
 
 
+class PeakMemory:
+    """The most memory, in bytes, that this process (or the GPU) has held since this was made."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self.on_gpu = torch.cuda.is_available()
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins again (man 5 proc)
+
+    def read(self) -> int:
+        import torch
+
+        if self.on_gpu:
+            return torch.cuda.max_memory_allocated()
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
 class Record:
     """A result file that grows turn by turn and is gone on with where it was left.
 

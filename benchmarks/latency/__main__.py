@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("requests", "prompts", "lengths", "memory")
+PARTS = ("requests", "prompts", "lengths", "compiled", "memory")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -27,6 +27,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-prompts", type=int, default=4)
     parser.add_argument("--num-virtual-tokens", type=int, default=32)
     parser.add_argument("--repetitions", type=int, default=9, help="turns of each contestant, after one to warm up")
+    parser.add_argument(
+        "--seconds", type=float, default=240, help="no further turn of a case after these; two at least"
+    )
     parser.add_argument("--output", type=Path, help="default: results/<label>.json beside this file")
     options = parser.parse_args(arguments)
     options.label = options.label or Path(options.base).name
@@ -48,6 +51,10 @@ def cases(options: argparse.Namespace) -> list[dict]:
         for k in options.lengths
         for method in ("IDP", "prompt tuning")
     }
+    compiled = base | {
+        "base alone, compiled": {"method": "base alone", "compiled": True},
+        "IDP, compiled": {"method": "IDP", **bank, "compiled": True},
+    }
     found = {
         "requests": [
             {"part": "requests", "batch": batch, "tokens_in": tokens, **shape, "contestants": everyone}
@@ -56,11 +63,12 @@ def cases(options: argparse.Namespace) -> list[dict]:
         ],
         "prompts": [{"part": "prompts", **one, "contestants": base | banks}],
         "lengths": [{"part": "lengths", **one, "contestants": base | lengths}],
+        "compiled": [{"part": "compiled", **one, "contestants": compiled}],
     }
     return [case for part in options.parts for case in found.get(part, [])]
 
 
-def timed(model, ids, tokens_out: int) -> dict[str, float]:
+def timed(model, ids, tokens_out: int, **arguments) -> dict[str, float]:
     """Seconds of one `generate` of exactly `tokens_out` tokens: to the first of them, to the end, and per further one."""
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList
@@ -83,6 +91,7 @@ def timed(model, ids, tokens_out: int) -> dict[str, float]:
         min_new_tokens=tokens_out,
         do_sample=False,
         stopping_criteria=StoppingCriteriaList([clock]),
+        **arguments,
     )
     ended = now()
     further = (clock.ticks[-1] - clock.ticks[0]) / max(1, tokens_out - 1)
@@ -98,31 +107,63 @@ def now() -> float:
     return time.perf_counter()
 
 
-def run(case: dict, base, record, repetitions: int) -> None:
+class Contestant:
+    """A model under one method, asked in turns.
+
+    Args:
+        compiled (`bool`): whether its decoder goes through `torch.compile`, with a static cache.
+        method: arguments of `benchmarks.contestants.with_method`.
+    """
+
+    def __init__(self, base, compiled: bool = False, **method) -> None:
+        import torch
+
+        from benchmarks.contestants import with_method
+
+        self.model, self.compiled = with_method(base, **method), compiled
+        self.prompts = method.get("num_prompts") if method["method"] == "IDP" else None
+        if compiled:
+            decoder = self.model.get_decoder()
+            decoder.forward = torch.compile(decoder.forward)
+
+    def turn(self, ids, tokens_out: int, repetition: int) -> dict[str, float]:
+        """One `generate`; a compiled IDP model is given another prompt each time, and says what it compiled for it."""
+        from torch._dynamo.utils import counters
+
+        if not self.compiled:
+            return timed(self.model, ids, tokens_out)
+        graphs = counters["stats"]["unique_graphs"]
+        other = {} if self.prompts is None else {"prompt_ids": repetition % self.prompts}
+        measured = timed(self.model, ids, tokens_out, cache_implementation="static", **other)
+        return {**measured, "new_graphs": counters["stats"]["unique_graphs"] - graphs}
+
+
+def run(case: dict, base, record, repetitions: int, seconds: float) -> None:
     """Let all contestants of a case take turns."""
     import torch
     from tqdm.auto import tqdm
 
-    from benchmarks.contestants import with_method
-
     key = {name: value for name, value in case.items() if name != "contestants"}
     if all(record.has(case=key, contestant=c, repetition=r) for c in case["contestants"] for r in range(repetitions)):
         return
-    models = {name: with_method(base, **settings) for name, settings in case["contestants"].items()}
+    models = {name: Contestant(base, **settings) for name, settings in case["contestants"].items()}
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, base.config.vocab_size, (case["batch"], case["tokens_in"]), generator=generator)
     ids = ids.to(base.device)
     with torch.inference_mode():
         for model in models.values():
-            timed(model, ids, 2)  # warms up: IDP computes its prompt cache there, once
+            # Warms up: IDP computes its prompt cache there, once, and compilers compile.
+            model.turn(ids, case["tokens_out"] if model.compiled else 2, 0)
+        began = now()
         bar = tqdm(range(repetitions), desc=", ".join(f"{name} {value}" for name, value in key.items()))
         for repetition in bar:
+            if repetition >= 2 and now() - began > seconds:
+                break
             names = list(models)
             for name in names[repetition % len(names) :] + names[: repetition % len(names)]:
                 if not record.has(case=key, contestant=name, repetition=repetition):
-                    record.add(
-                        case=key, contestant=name, repetition=repetition, **timed(models[name], ids, case["tokens_out"])
-                    )
+                    measured = models[name].turn(ids, case["tokens_out"], repetition)
+                    record.add(case=key, contestant=name, repetition=repetition, **measured)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -134,12 +175,12 @@ def main(arguments: list[str] | None = None) -> None:
     from benchmarks.latency.tables import write_tables
 
     transformers.utils.logging.set_verbosity_error()
-    not_settings = ("output", "parts", "batches", "inputs", "banks", "lengths", "repetitions")
+    not_settings = ("output", "parts", "batches", "inputs", "banks", "lengths", "repetitions", "seconds")
     settings = {name: value for name, value in vars(options).items() if name not in not_settings}
     record = Record(options.output, settings)
     base = load_base(options.base)
     for case in cases(options):
-        run(case, base, record, options.repetitions)
+        run(case, base, record, options.repetitions, options.seconds)
     if "memory" in options.parts:
         measure_memory(options, record)
     write_tables(options.output)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -47,7 +46,7 @@ def measure(
     import torch
     from peft import PeftModel
 
-    from benchmarks.contestants import load_base, with_method
+    from benchmarks.contestants import PeakMemory, load_base, with_method
 
     model, found = load_base(base), {"adapter_bytes": 0, "load_seconds": 0.0}
     ids = torch.randint(10, model.config.vocab_size, (batch, tokens_in)).to(model.device)
@@ -60,10 +59,9 @@ def measure(
             began = time.perf_counter()
             model = PeftModel.from_pretrained(model, folder).eval()
             found["load_seconds"] = time.perf_counter() - began
+        peak = PeakMemory()
         model.generate(**generate, max_new_tokens=tokens_out, min_new_tokens=tokens_out)
-    on_gpu = torch.cuda.is_available()
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found["peak_bytes"] = peak
+        found["peak_bytes"] = peak.read()
     if method == "IDP":
         found |= _prompt_cache(model, num_prompts, num_virtual_tokens)
     return found

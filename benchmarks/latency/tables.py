@@ -7,6 +7,17 @@ import statistics
 from pathlib import Path
 
 MEASURES = {"first": "time to first token", "further": "per further token", "whole": "whole generate"}
+_REQUEST = {"part": "requests", "batch": 1, "tokens_in": 128, "tokens_out": 32}
+_BANKS = {**_REQUEST, "part": "prompts"}
+# What was set out to be reached: measure, case, contestant, whose it is divided by, most that the ratio may be.
+TARGETS = [
+    ("whole", _REQUEST, "IDP", "base alone", 1.05),
+    ("first", _REQUEST, "IDP", "base alone", 1.10),
+    ("further", _REQUEST, "IDP", "base alone", 1.02),
+    ("whole", _BANKS, "IDP, M = 64", "IDP, M = 2", 1.05),
+    ("first", {**_REQUEST, "tokens_in": 32}, "IDP", "prompt tuning", 0.75),
+    ("whole", _REQUEST, "IDP", "LoRA, rank 16", None),
+]
 
 
 def write_tables(path: Path) -> None:
@@ -45,12 +56,28 @@ def markdown(record: dict, cases) -> str:
         f"{environment['transformers']}, peft {environment['peft']}, commit {environment['commit']}.",
         "Medians; in brackets the median over turns of the ratio to the base alone in the same turn.",
     ]
+    lines += _target_rows(cases)
     for case, contestants in cases:
         rows = _memory_rows(contestants) if case["part"] == "memory" else _time_rows(contestants)
         turns = len(next(iter(contestants.values())))
         title = f"batch {case['batch']}, {case['tokens_in']} tokens in, {case['tokens_out']} out, {turns} turns"
         lines += ["", f"**{title}**", "", *rows]
     return "\n".join(lines) + "\n"
+
+
+def _target_rows(cases) -> list[str]:
+    """The ratios that matter most, for a record that has them all."""
+    found = {json.dumps(case, sort_keys=True): contestants for case, contestants in cases}
+    rows = ["", "| | in : out | ratio | target |", "|---|---|---:|---:|"]
+    for measure, case, name, other, most in TARGETS:
+        contestants = found.get(json.dumps(case, sort_keys=True), {})
+        if name not in contestants or other not in contestants:
+            return []
+        measured = ratio(contestants[name], contestants[other], measure)
+        shape = f"{case['tokens_in']} : {case['tokens_out']}"
+        target = "" if most is None else f"at most {most:.2f}"
+        rows.append(f"| {MEASURES[measure]}, {name} / {other} | {shape} | {measured:.3f} | {target} |")
+    return rows
 
 
 def _time_rows(contestants: dict[str, list[dict]]) -> list[str]:
@@ -61,6 +88,14 @@ def _time_rows(contestants: dict[str, list[dict]]) -> list[str]:
             milliseconds = 1000 * statistics.median(turn[measure] for turn in turns)
             cells.append(f"{milliseconds:.1f} ms ({ratio(turns, contestants['base alone'], measure):.2f})")
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    compiled = {
+        name: sum(turn["new_graphs"] for turn in turns)
+        for name, turns in contestants.items()
+        if "new_graphs" in turns[0]
+    }
+    if compiled:
+        counts = ", ".join(f"{name} {count}" for name, count in compiled.items())
+        rows += ["", f"Graphs compiled after the first request (each one of IDP's took another prompt): {counts}."]
     return rows
 
 

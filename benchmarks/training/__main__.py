@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+# Whose memory is measured in every case; the others' in the first alone.
+_COMPARED = ("IDP, selected", "IDP, uniform", "prompt tuning")
 SHAPE = {"batch": 8, "tokens": 128, "num_prompts": 4, "num_virtual_tokens": 100}
 
 
@@ -26,6 +27,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="*", type=int, default=[10, 32, 100], help="sweep of k")
     parser.add_argument("--banks", nargs="*", type=int, default=[1, 4, 16], help="sweep of M")
     parser.add_argument("--repetitions", type=int, default=5, help="turns of each contestant, after one to warm up")
+    parser.add_argument(
+        "--seconds", type=float, default=240, help="no further turn of a case after these; two at least"
+    )
     parser.add_argument("--output", type=Path, help="default: results/<label>.json beside this file")
     options = parser.parse_args(arguments)
     options.label = options.label or Path(options.base).name
@@ -103,7 +107,10 @@ def measure(options: argparse.Namespace, record) -> None:
         running = {name: Training(base, case, settings) for name, settings in names.items()}
         for training in running.values():
             training.step()
+        began = now()
         for repetition in tqdm(missing, desc=", ".join(f"{name} {value}" for name, value in case.items())):
+            if repetition >= 2 and now() - began > options.seconds:
+                break
             order = list(running)[repetition % len(running) :] + list(running)[: repetition % len(running)]
             for name in order:
                 if not record.has(case=case, contestant=name, repetition=repetition):
@@ -113,9 +120,10 @@ def measure(options: argparse.Namespace, record) -> None:
         del running
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    for case in cases(options)[:1]:
+    for number, case in enumerate(cases(options)):
         for name, settings in contestants().items():
-            if not record.has(case=case, contestant=name, repetition="memory"):
+            everyone = number == 0 or name in _COMPARED
+            if everyone and not record.has(case=case, contestant=name, repetition="memory"):
                 peak = _in_a_process({"base": options.base, "case": case, "settings": settings})
                 record.add(case=case, contestant=name, repetition="memory", **peak)
 
@@ -129,22 +137,15 @@ def _in_a_process(request: dict) -> dict:
 
 
 def memory_of(request: dict) -> dict[str, int]:
-    """Peak bytes of a process (or the GPU) before and after two steps."""
-    import torch
-
-    from benchmarks.contestants import load_base
-
-    def peak() -> int:
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Peak bytes of a process (or the GPU): with the loaded model alone, and during one step."""
+    from benchmarks.contestants import PeakMemory, load_base
 
     base = load_base(request["base"])
-    before = peak()
+    loaded = PeakMemory().read()
     training = Training(base, request["case"], request["settings"])
-    for _ in range(2):
-        training.step()
-    return {"loaded_bytes": before, "peak_bytes": peak()}
+    peak = PeakMemory()
+    training.step()
+    return {"loaded_bytes": loaded, "peak_bytes": peak.read()}
 
 
 def markdown(record: dict) -> str:
@@ -169,7 +170,7 @@ def markdown(record: dict) -> str:
             speed = case["batch"] * case["tokens"] / statistics.median(own.values())
             faster = statistics.median(other[repetition] / own[repetition] for repetition in own)
             memory = ["", ""]
-            if peaks:
+            if name in peaks:
                 memory = [f"{peaks[name] / 1e6:,.0f} MB", f"{peaks[name] / peaks['prompt tuning']:.2f}"]
             lines.append(f"| {name} | {speed:.0f} | {faster:.2f} | {memory[0]} | {memory[1]} |")
     return "\n".join(lines) + "\n"
