@@ -79,7 +79,7 @@ def load(
             f"the base of `adapter` {str(adapter)!r} could not be loaded ({error}): pass `base`, the folder or Hub id where "
             "that model is now"
         ) from error
-    tokenizer = _tokenizer_beside(str(adapter), hub, subfolder)
+    tokenizer = tokenizer_beside(str(adapter), hub, subfolder)
     if tokenizer is None:
         tokenizer = load_tokenizer(name, **of_base)
     elif len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
@@ -114,7 +114,7 @@ def adapter_config(adapter: str | Path, hub_kwargs: dict | None = None) -> PeftC
         raise ValueError(f"`adapter` {str(adapter)!r} could not be loaded: {reason}") from error
 
 
-def _tokenizer_beside(adapter: str, hub: dict, subfolder: str | None) -> PreTrainedTokenizerBase | None:
+def tokenizer_beside(adapter: str, hub: dict, subfolder: str | None) -> PreTrainedTokenizerBase | None:
     """The tokenizer in an adapter's folder, or above its sub-folder."""
     from transformers import AutoTokenizer
 
