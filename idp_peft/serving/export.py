@@ -94,7 +94,7 @@ def export_to_vocab(
         _write_config(folder, target, vocabulary, tables.head)
         _write_generation_config(model, folder, target, vocabulary)
         tokenizer.save_pretrained(target)
-        (target / FILE).write_text(describe(vocabulary), encoding="utf-8")
+        (target / FILE).write_text(describe(vocabulary, tables.head is None), encoding="utf-8")
         (target / ADAPTER).mkdir()
         for file in _ADAPTER_FILES:
             shutil.copyfile(find_file(str(adapter), None, {}, file), target / ADAPTER / file)
@@ -136,7 +136,9 @@ def _check(model: nn.Module, source: PromptSource, folder: Path) -> None:
     tables = [
         name
         for name, module in decoder.named_modules()
-        if isinstance(module, nn.Embedding) and module is not embeddings and len(module.weight) == len(embeddings.weight)
+        if isinstance(module, nn.Embedding)
+        and module is not embeddings
+        and len(module.weight) == len(embeddings.weight)
     ]
     if tables:
         raise ValueError(

@@ -19,7 +19,8 @@ class ExportedModel:
         token_ids (`list[list[int]]`): the token ids of each prompt.
         tokens (`list[list[str]]`): their names.
         never_generated (`list[int]`): token ids that must not come out of the model.
-        vocab_size (`int`): rows of the base's table: greater ids are new.
+        vocab_size (`int`): rows of the base's table: ids from there on are new.
+        tied (`bool`): whether a prompt token's output row is the prompt's own vector, so that it could be generated.
         names (`list[str]`, *optional*): the prompts' names.
     """
 
@@ -28,12 +29,18 @@ class ExportedModel:
     tokens: list[list[str]]
     never_generated: list[int]
     vocab_size: int
+    tied: bool
     names: list[str] | None = None
 
     @property
     def adapter(self) -> Path:
         """The adapter that was exported, as it was."""
         return self.folder / ADAPTER
+
+    @property
+    def logit_bias(self) -> dict[str, float]:
+        """What a request can say, in OpenAI's words, so that sampling never picks a new token."""
+        return {str(token): -100.0 for token in self.never_generated}
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ExportedModel:
@@ -53,6 +60,7 @@ class ExportedModel:
                 [prompt["tokens"] for prompt in prompts],
                 list(range(*content["never_generated"])),
                 content["vocab_size"],
+                content["tied"],
                 None if None in names else names,
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -65,11 +73,12 @@ def is_exported(folder: str | Path) -> bool:
     return (Path(folder).expanduser() / FILE).is_file()
 
 
-def describe(vocabulary) -> str:
+def describe(vocabulary, tied: bool) -> str:
     """The text of `idp_prompts.json`.
 
     Args:
         vocabulary (`PromptVocabulary`): what was added.
+        tied (`bool`): whether the output head is the embedding table.
     """
     names = vocabulary.prompt_names or [None] * len(vocabulary.lengths)
     prompts = [
@@ -79,6 +88,7 @@ def describe(vocabulary) -> str:
     new = vocabulary.never_generated
     content = {
         "vocab_size": vocabulary.vocab_size,
+        "tied": tied,
         "never_generated": [new[0], new[-1] + 1],  # from, to
         "prompts": prompts,
     }
