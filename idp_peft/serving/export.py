@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from idp_peft.base_skeleton import position_counts_bank, skeleton
 from idp_peft.checkpoint import find_file
+from idp_peft.composition.base_skeleton import position_counts_bank, skeleton
+from idp_peft.composition.prompt_sources import PromptSource, read_prompts
 from idp_peft.compression.output_folder import check_free, whole_folder
 from idp_peft.decoder import find_decoder
-from idp_peft.prompt_sources import PromptSource, read_prompts
 from idp_peft.serving.chat_template import with_prompts_in_all
 from idp_peft.serving.exported import ADAPTER, FILE, describe
 from idp_peft.serving.tensor_files import DTYPES, StoredTensor, WeightFiles, copy_model, weight_files

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from idp_peft.base_skeleton import skeleton
 from idp_peft.choice import select
+from idp_peft.composition.base_skeleton import skeleton
+from idp_peft.composition.prompt_sources import PromptSource, read_prompts
 from idp_peft.config import IDPConfig
 from idp_peft.decoder import (
     check_selection_layer,
@@ -23,7 +24,6 @@ from idp_peft.decoder import (
 )
 from idp_peft.input_checks import check_room, checked_mask
 from idp_peft.layer import IDPLayer
-from idp_peft.prompt_sources import PromptSource, read_prompts
 from idp_peft.selection import Selection
 from idp_peft.serving.exported import ExportedModel, is_exported
 
