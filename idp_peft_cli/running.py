@@ -84,7 +84,7 @@ def _export(options) -> None:
     from idp_peft.serving import export_to_vocab
 
     if not options.to_vocab:
-        raise ValueError("say what to export to: `--to_vocab`")
+        raise ValueError("say what to export to: `--to-vocab`")
     folder = export_to_vocab(options.adapter, options.output_dir, options.model, keep_tied=options.keep_tied)
     print(f"model in {folder}")
 

@@ -178,7 +178,10 @@ def _find_tables(model: nn.Module, files: WeightFiles, keep_tied: bool) -> _Tabl
     if outputs.weight is inputs.weight:
         # A checkpoint's names may lack the prefix that the model's own have, but not those of its head.
         return _Tables(embeddings, None if keep_tied else f"{names[outputs]}.weight", embeddings, bias)
-    head = _stored_name(names[outputs], "weight", files, "the output head")
+    head = f"{names[outputs]}.weight"
+    if head not in files.places:
+        renamed = _by_shape(files, tuple(outputs.weight.shape), embeddings)
+        head = renamed or _stored_name(names[outputs], "weight", files, "the output head")
     _check_table(files, head, tuple(outputs.weight.shape), "the output head")
     return _Tables(embeddings, head, head, bias)
 
@@ -198,6 +201,13 @@ def _stored_name(module: str, parameter: str, files: WeightFiles, what: str) -> 
             "compress the model without it"
         )
     raise ValueError(f"{what} of the base model ({name}) is not among the tensors in {files.folder}")
+
+
+def _by_shape(files: WeightFiles, shape: tuple[int, ...], embeddings: str) -> str | None:
+    """The one other table of the vocabulary, whatever it is called: transformers renames heads (GPT-NeoX's `embed_out`)."""
+    tensors = {name: tensor for file in files.files for name, tensor in files.tensors(file).items()}
+    found = [name for name, tensor in tensors.items() if tensor.shape == shape and name != embeddings]
+    return found[0] if len(found) == 1 else None
 
 
 def _check_table(files: WeightFiles, name: str, shape: tuple[int, ...], what: str) -> None:

@@ -65,7 +65,7 @@ class ExportedModel:
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{folder} is no model that `idp-peft export --to_vocab` wrote: its {FILE} cannot be read ({error})"
+                f"{folder} is no model that `idp-peft export --to-vocab` wrote: its {FILE} cannot be read ({error})"
             ) from error
 
 
