@@ -317,10 +317,15 @@ def test_a_quantised_embedding_table_is_refused(tmp_path):
         tensors["model.embed_tokens.weight_packed"] = tensors.pop("model.embed_tokens.weight").int()
 
     edit(one.base, pack)
-    refuse(one, r"the embedding table of the base model is itself quantised \(it is stored as model.embed_tokens.weight_packed")
+    refuse(
+        one,
+        r"the embedding table of the base model is itself quantised \(it is stored as model.embed_tokens.weight_packed",
+    )
 
 
-@pytest.mark.parametrize(("name", "what"), [("model.embed_tokens.weight", "embedding table"), ("lm_head.weight", "output head")])
+@pytest.mark.parametrize(
+    ("name", "what"), [("model.embed_tokens.weight", "embedding table"), ("lm_head.weight", "output head")]
+)
 def test_a_table_of_integers_is_refused(tmp_path, name, what):
     one = saved(tmp_path)
     edit(one.base, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
@@ -337,7 +342,9 @@ def test_a_model_that_was_exported_before_is_refused(tmp_path):
 @pytest.mark.parametrize("name", LEARNED_POSITIONS)
 def test_prompts_of_unequal_lengths_are_refused_where_positions_are_learned(tmp_path, name):
     one = saved(tmp_path, name, num_virtual_tokens=[3, 5, 2])
-    refuse(one, r"prompts of unequal lengths \[3, 5, 2\] cannot be exported for .*: every input starts at position 5 there")
+    refuse(
+        one, r"prompts of unequal lengths \[3, 5, 2\] cannot be exported for .*: every input starts at position 5 there"
+    )
 
 
 def test_an_embedding_module_that_is_more_than_a_table_is_refused(tmp_path, monkeypatch):

@@ -64,4 +64,6 @@ def saved(folder: Path, name: str = "llama", tied: bool = False, tokenizer=None,
 def say(model, ids: list[int], tokens: int = 8, **settings) -> list[int]:
     """What a plain model says behind some tokens, greedily unless told otherwise."""
     given = torch.tensor([ids])
-    return model.generate(input_ids=given, max_new_tokens=tokens, **{"do_sample": False, **settings})[0, len(ids) :].tolist()
+    return model.generate(input_ids=given, max_new_tokens=tokens, **{"do_sample": False, **settings})[
+        0, len(ids) :
+    ].tolist()

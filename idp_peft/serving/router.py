@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,9 +71,9 @@ class Router:
         name = str(base if base is not None else source.base_name or "")
         if not name:
             raise ValueError(f"`adapter` {str(adapter)!r} does not say what its base is: pass `base`")
+        layer = _layer(source, name, {"device_map": "cpu", **load_model_kwargs})
         tokenizer = tokenizer_beside(str(adapter), {}, None)
-        tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
-        return cls(_layer(source, name, {"device_map": "cpu", **load_model_kwargs}), tokenizer)
+        return cls(layer, load_tokenizer(name) if tokenizer is None else tokenizer)
 
     @property
     def config(self) -> IDPConfig:
@@ -163,7 +164,8 @@ def _layer(source: PromptSource, name: str, load_model_kwargs: dict) -> IDPLayer
     config = copy.deepcopy(source.config)
     bones = skeleton(name)
     layers = _layers_needed(config, find_decoder(bones))
-    model = load_model(name, headless=True, config=_first_layers(bones.config, layers), **load_model_kwargs)
+    with _without_report():
+        model = load_model(name, headless=True, config=_first_layers(bones.config, layers), **load_model_kwargs)
     decoder, embeddings = model.get_decoder(), model.get_input_embeddings()
     if source.width != embedding_width(embeddings):
         raise ValueError(
@@ -179,6 +181,19 @@ def _layer(source: PromptSource, name: str, load_model_kwargs: dict) -> IDPLayer
         layer.active_bank.weight.copy_(torch.cat(source.prompts))
     layer.eval()
     return layer
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers lists all weights that it did not load, which are most of them here."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _layers_needed(config: IDPConfig, decoder: nn.Module) -> int:
