@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from idp_peft.choice import select
-from idp_peft.composition.base_skeleton import skeleton
+from idp_peft.composition.base_skeleton import BaseNotFound, skeleton
 from idp_peft.composition.prompt_sources import PromptSource, read_prompts
 from idp_peft.config import IDPConfig
 from idp_peft.decoder import (
@@ -162,7 +162,11 @@ def _layer(source: PromptSource, name: str, load_model_kwargs: dict) -> IDPLayer
     from idp_peft.loading import load_model
 
     config = copy.deepcopy(source.config)
-    bones = skeleton(name)
+    try:
+        bones = skeleton(name)
+    except BaseNotFound as error:
+        reason = str(error).partition(": pass")[0]
+        raise FileNotFoundError(f"{reason}: pass `base`, the folder or Hub id where that model is now") from error
     layers = _layers_needed(config, find_decoder(bones))
     with _without_report():
         model = load_model(name, headless=True, config=_first_layers(bones.config, layers), **load_model_kwargs)
