@@ -39,7 +39,8 @@ def edit(folder, change) -> None:
     """Change the tensors of a saved base."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "changed", metadata={"format": "pt"})
+    (folder / "changed").replace(folder / "model.safetensors")  # a model in memory may have the old file mapped
 
 
 # ---------------------------------------------------------------------- the promise
