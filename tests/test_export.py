@@ -68,8 +68,14 @@ def test_tied_embeddings_are_untied_unless_told_otherwise(tmp_path, keep_tied):
         assert say(plain, model.token_ids[prompt] + TEXT) == one.generate(TEXT, prompt)
 
 
+@pytest.mark.parametrize(("name", "stays"), [("gemma2", True), ("cohere", True), ("gemma3", False), ("gpt2", False)])
+def test_what_engines_always_tie_stays_tied(tmp_path, name, stays):
+    model, plain = exported(saved(tmp_path, name))
+    assert is_tied(plain) == model.tied == stays
+
+
 def test_the_logits_are_those_of_the_adapter_and_nothing_else_got_a_chance(tmp_path):
-    one = saved(tmp_path, "gemma2")
+    one = saved(tmp_path, "gemma3")
     model, plain = exported(one)
     with torch.no_grad():
         expected = one.model(input_ids=torch.tensor([TEXT]), prompt_ids=torch.tensor([1])).logits[0]

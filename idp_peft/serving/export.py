@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 # What lies beside the weights and belongs to the model: its code and licence, and how it was compressed.
 _BESIDE = ("*.py", "LICENSE*", "NOTICE*", "USE_POLICY*", "compression.json", "recipe.yaml", "quantize_config.json")
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# Of these, vLLM reads the output head from the embedding table whatever the config says.
+_ALWAYS_TIED = ("gemma2", "cohere", "cohere2")
 _NEVER = -1e4  # bias of a token that must not come out; float16 holds it
 
 
@@ -62,7 +64,8 @@ def export_to_vocab(
             weights must be safetensors files.
         keep_tied (`bool`, defaults to `False`): leave tied embeddings tied. By default they are untied, at the cost of one
             more table: the output row of a prompt token would be the prompt's own vector, and the token could be
-            generated. With `True` only engines that obey `suppress_tokens`, or are asked through the proxy, are safe.
+            generated. With `True`, and for models that engines always tie (Gemma 2, Cohere), requests to engines that do not
+            obey `suppress_tokens` must carry [`ExportedModel.logit_bias`], which the proxy adds.
 
     Returns:
         `Path`: the folder.
@@ -80,7 +83,7 @@ def export_to_vocab(
     model = skeleton(str(folder))
     files = weight_files(folder)
     _check(model, source, folder)
-    tables = _find_tables(model, files, keep_tied)
+    tables = _find_tables(model, files, keep_tied or model.config.model_type in _ALWAYS_TIED)
     tokenizer = _tokenizer(str(adapter), folder)
     vocabulary = _vocabulary(source, files.tensor(tables.embeddings).shape[0], tokenizer)
     vocabulary.add_to(tokenizer)

@@ -20,7 +20,7 @@ TOKENS = 16
 GREEDY = {"model": "idp", "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "return_token_ids": True}
 
 
-@pytest.fixture(scope="module", params=["tiny", "default"])
+@pytest.fixture(scope="module", params=["tiny", "gemma2", "default"])
 def one(request, tmp_path_factory):
     return subject(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -34,8 +34,8 @@ def engine(one, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def http(engine):
-    with client(engine.url, timeout=120) as one:
-        yield one
+    with client(engine.url, timeout=120) as http:
+        yield http
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +53,14 @@ def prompts(one):
     return VllmPrompts(Router.from_pretrained(one.adapter, one.base))
 
 
-def post(http, path: str, body: dict) -> list[int]:
+def bias(one) -> dict:
+    """What a request of a tied model carries where no proxy adds it."""
+    return {"logit_bias": one.exported.logit_bias} if one.exported.tied else {}
+
+
+def post(http, path: str, body: dict, one=None) -> list[int]:
     """The token ids of an answer."""
-    answer = http.post(path, json=body)
+    answer = http.post(path, json=body if one is None else {**body, **bias(one)})
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]["token_ids"]
 
@@ -67,21 +72,21 @@ def test_token_ids_of_a_prompt_in_front_give_what_the_adapter_gives(one, http):
     for text in one.texts:
         for prompt in range(4):
             body = {**GREEDY, "prompt": one.exported.token_ids[prompt] + one.ids(text)}
-            assert post(http, "/v1/completions", body) == one.say(one.ids(text), prompt)
-        assert post(http, "/v1/completions", {**GREEDY, "prompt": one.ids(text)}) == one.say(one.ids(text), -1)
+            assert post(http, "/v1/completions", body, one) == one.say(one.ids(text), prompt)
+        assert post(http, "/v1/completions", {**GREEDY, "prompt": one.ids(text)}, one) == one.say(one.ids(text), -1)
 
 
 def test_names_of_a_prompts_tokens_in_front_of_a_text_do_too(one, http):
     for prompt in (0, 3):
         body = {**GREEDY, "prompt": "".join(one.exported.tokens[prompt]) + one.texts[0]}
-        assert post(http, "/v1/completions", body) == one.say(one.ids(one.texts[0]), prompt)
+        assert post(http, "/v1/completions", body, one) == one.say(one.ids(one.texts[0]), prompt)
 
 
 def test_the_chat_template_puts_the_prompt_that_a_request_names_in_front(one, http):
     for prompt in (1, 2):
         body = {**GREEDY, "messages": one.chat, "chat_template_kwargs": {"idp_prompt": prompt}}
-        assert post(http, "/v1/chat/completions", body) == one.say(one.chat_ids, prompt)
-    assert post(http, "/v1/chat/completions", {**GREEDY, "messages": one.chat}) == one.say(one.chat_ids, -1)
+        assert post(http, "/v1/chat/completions", body, one) == one.say(one.chat_ids, prompt)
+    assert post(http, "/v1/chat/completions", {**GREEDY, "messages": one.chat}, one) == one.say(one.chat_ids, -1)
 
 
 def test_sampling_with_the_bias_never_picks_a_prompts_token(one, http):
@@ -100,8 +105,8 @@ def test_sampling_with_the_bias_never_picks_a_prompts_token(one, http):
 def test_embeddings_over_http_give_what_the_adapter_gives(one, http, prompts):
     for prompt in (0, 2):
         body = prompts.completion_body([one.texts[0]], [prompt], **GREEDY)
-        assert post(http, "/v1/completions", body) == one.say(one.ids(one.texts[0]), prompt)
-    answer = http.post("/v1/completions", json=prompts.completion_body(one.texts, **GREEDY)).json()
+        assert post(http, "/v1/completions", body, one) == one.say(one.ids(one.texts[0]), prompt)
+    answer = http.post("/v1/completions", json=prompts.completion_body(one.texts, **GREEDY, **bias(one))).json()
     for text, choice in zip(one.texts, answer["choices"], strict=True):
         assert choice["token_ids"] == one.say(one.ids(text), None)
 
@@ -109,7 +114,7 @@ def test_embeddings_over_http_give_what_the_adapter_gives(one, http, prompts):
 def test_a_content_part_of_a_chat_gives_what_the_adapter_gives(one, http, prompts):
     for prompt in (None, 2):
         body = prompts.chat_body(one.chat, prompt, **GREEDY, chat_template=prompts.chat_template())
-        assert post(http, "/v1/chat/completions", body) == one.say(one.chat_ids, prompt)
+        assert post(http, "/v1/chat/completions", body, one) == one.say(one.chat_ids, prompt)
 
 
 # ---------------------------------------------------------------------- the proxy
@@ -152,18 +157,18 @@ def hits(http) -> float:
 def test_a_prompt_of_whole_blocks_is_computed_once(one, http):
     front = one.exported.token_ids[1]
     assert len(front) == BLOCK
-    post(http, "/v1/completions", {**GREEDY, "prompt": front + one.ids(one.texts[0])})
+    post(http, "/v1/completions", {**GREEDY, "prompt": front + one.ids(one.texts[0])}, one)
     for text in one.texts[1:]:
         before = hits(http)
-        post(http, "/v1/completions", {**GREEDY, "prompt": front + one.ids(text)})
+        post(http, "/v1/completions", {**GREEDY, "prompt": front + one.ids(text)}, one)
         assert hits(http) - before == BLOCK
 
 
 def test_a_prompt_that_ends_within_a_block_is_computed_again(one, http):
     front = one.exported.token_ids[2][: BLOCK - 1]
-    post(http, "/v1/completions", {**GREEDY, "prompt": front + one.ids(one.texts[0])})
+    post(http, "/v1/completions", {**GREEDY, "prompt": front + one.ids(one.texts[0])}, one)
     before = hits(http)
-    post(http, "/v1/completions", {**GREEDY, "prompt": front + one.ids(one.texts[1])})
+    post(http, "/v1/completions", {**GREEDY, "prompt": front + one.ids(one.texts[1])}, one)
     assert hits(http) == before
 
 

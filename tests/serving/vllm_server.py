@@ -124,9 +124,10 @@ class Subject:
 
 
 def subject(name: str, folder: Path) -> Subject:
-    """`"tiny"`: a random Llama; `"default"`: the packaged 135M model. Prompts of one cache block each."""
-    if name == "tiny":
-        _tiny_llama(folder / "base")
+    """`"tiny"`: a random Llama; `"gemma2"`: a random one of scaled, tied embeddings; `"default"`: the packaged 135M model.
+    Prompts of one cache block each."""
+    if name != "default":
+        _random_model(name, folder / "base")
         texts = ["w5 w11 w7 w30", "w64 w9", "w8 w20 w31 w44 w2 w3 w17 w90"]
         chat = [{"role": "user", "content": "w5 w6 w70"}]
         base = str(folder / "base")
@@ -145,23 +146,27 @@ def subject(name: str, folder: Path) -> Subject:
     return Subject(model, load_tokenizer(base), Path(base), folder / "adapter", exported, texts, chat)
 
 
-def _tiny_llama(folder: Path) -> None:
-    config = tf.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=1,
-        tie_word_embeddings=True,
-    )
+def _random_model(name: str, folder: Path) -> None:
+    arguments = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+        "tie_word_embeddings": True,
+    }
     torch.manual_seed(0)
-    model = tf.LlamaForCausalLM(config)
+    model = (
+        tf.LlamaForCausalLM(tf.LlamaConfig(**arguments))
+        if name == "tiny"
+        else tf.Gemma2ForCausalLM(tf.Gemma2Config(**arguments))
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
