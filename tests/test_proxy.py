@@ -154,6 +154,24 @@ def test_a_tied_models_greedy_requests_are_told_as_well(tmp_path):
     assert body["logit_bias"] == tied.logit_bias
 
 
+def test_variables_of_the_chat_template_reach_the_engine_and_the_choice(serve, prompter):
+    engine = Engine()
+    tokenizer = prompter.router.tokenizer
+    template = tokenizer.chat_template
+    tokenizer.chat_template = template + "{% if loud is defined %}{{ loud }}{% endif %}"
+    try:
+        body = {"messages": CHAT, "temperature": 0, "chat_template_kwargs": {"loud": "w90 w91 w92"}}
+        answer = serve(engine).post("/v1/chat/completions", json=body)
+        text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True, loud="w90 w91 w92")
+    finally:
+        tokenizer.chat_template = template
+    chosen = int(answer.headers["x-idp-prompt"])
+    assert engine.seen[-1]["chat_template_kwargs"] == {"loud": "w90 w91 w92", "idp_prompt": chosen}
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids[-3:] == [90, 91, 92]
+    assert chosen == int(prompter.router.route([ids]).prompt_ids[0])
+
+
 def test_the_clients_own_token_goes_to_the_engine_unless_the_proxy_has_one(serve):
     engine = Engine()
     own = {"authorization": "Bearer mine"}
@@ -227,7 +245,21 @@ def test_a_bad_completion_is_a_400_that_says_why(serve, body, param, text):
             "must not hold the names of soft prompt tokens",
         ),
         ({"messages": CHAT, "chat_template": "{{ messages }}"}, "chat_template", "is not served with soft prompts"),
-        ({"messages": CHAT, "chat_template_kwargs": {"idp_prompt": 1}}, "chat_template_kwargs", "without 'idp_prompt'"),
+        (
+            {"messages": CHAT, "chat_template_kwargs": {"idp_prompt": 1}},
+            "chat_template_kwargs",
+            "without ['idp_prompt']",
+        ),
+        (
+            {"messages": CHAT, "chat_template_kwargs": {"chat_template": "w5"}},
+            "chat_template_kwargs",
+            "['chat_template']",
+        ),
+        (
+            {"messages": CHAT, "chat_template_kwargs": {"tokenize": True}},
+            "chat_template_kwargs",
+            "without ['tokenize']",
+        ),
         ({"messages": CHAT, "chat_template_kwargs": 5}, "chat_template_kwargs", "must be an object"),
         ({"messages": CHAT, "add_special_tokens": True}, "add_special_tokens", "a token in front of the prompt"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 from idp_peft.prompt_ids import AUTO, CHOOSES, check_prompt_ids
@@ -67,9 +68,13 @@ class RequestPrompter:
             )
         body["messages"] = _as_text(body.get("messages"))
         template_kwargs = body.get("chat_template_kwargs") or {}
-        if not isinstance(template_kwargs, dict) or VARIABLE in template_kwargs:
+        taken = {VARIABLE, *inspect.signature(self.router.tokenizer.apply_chat_template).parameters}
+        if not isinstance(template_kwargs, dict) or taken & set(template_kwargs):
+            which = sorted(taken & set(template_kwargs)) if isinstance(template_kwargs, dict) else []
             raise RequestError(
-                400, f"`chat_template_kwargs` must be an object without {VARIABLE!r}", "chat_template_kwargs"
+                400,
+                f"`chat_template_kwargs` must be an object of variables of the template, without {which}",
+                "chat_template_kwargs",
             )
         row = self._rendered(body, template_kwargs)
         chosen = self._choose([row], body.pop(VARIABLE, None))

@@ -149,8 +149,10 @@ class _Proxy:
             raise RequestError(401, "the bearer token is missing or wrong", code="invalid_api_key")
 
     def _check_model(self, body: dict) -> None:
-        name = body.setdefault("model", self.settings.model)
-        if name != self.settings.model:
+        name = body.get("model")
+        if name is None:
+            body["model"] = self.settings.model
+        elif name != self.settings.model:
             raise RequestError(
                 404,
                 f"the model {name!r} does not exist: this serves {self.settings.model!r}",
@@ -206,7 +208,7 @@ class _Proxy:
             response = await self.client.send(message, stream=True)
             headers = {name: value for name, value in response.headers.items() if name.lower() not in _NOT_RETURNED}
             if "text/event-stream" in response.headers.get("content-type", ""):
-                return StreamingResponse(_events(response), status_code=response.status_code, headers=headers)
+                return _Stream(response, headers)
             try:
                 return Response(await response.aread(), status_code=response.status_code, headers=headers)
             finally:
@@ -215,16 +217,26 @@ class _Proxy:
             return _error_response(_engine_error(error))
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
-    """The engine's events as they come; where it dies, one more that says so."""
-    try:
-        async for chunk in response.aiter_bytes():
-            yield chunk
-    except httpx.HTTPError as error:
-        yield f"\n\ndata: {json.dumps(_engine_error(error).body)}\n\n".encode()
-    finally:
-        with anyio.CancelScope(shield=True):
-            await response.aclose()
+class _Stream(StreamingResponse):
+    """The engine's events as they come; where it dies, one more that says so. However it ends, the engine is let go."""
+
+    def __init__(self, engine: httpx.Response, headers: dict[str, str]) -> None:
+        self.engine = engine
+        super().__init__(self._events(), status_code=engine.status_code, headers=headers)
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        try:
+            async for chunk in self.engine.aiter_bytes():
+                yield chunk
+        except httpx.HTTPError as error:
+            yield f"\n\ndata: {json.dumps(_engine_error(error).body)}\n\n".encode()
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self.engine.aclose()
 
 
 def _engine_error(error: httpx.HTTPError) -> RequestError:
