@@ -171,5 +171,7 @@ def _random_model(name: str, folder: Path) -> None:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.2)
+        if name == "gemma2":  # scaled and tied: larger ones would say the last token again and again
+            model.model.embed_tokens.weight.mul_(0.1)
     model.save_pretrained(folder)
     chat_tokenizer().save_pretrained(folder)
