@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import socket
 import time
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from idp_peft.serving import ExportedModel, Router, export_to_vocab, proxy_app
 from idp_peft.serving.prompted_request import RequestPrompter
 from idp_peft.serving.proxy import ProxySettings
+from idp_peft.serving.run_proxy import run_proxy
 from idp_peft_cli import main
 from tests.loopback import Engine, Server, client
 from tests.tiny import VOCAB
@@ -316,6 +318,13 @@ def test_a_body_that_is_too_long_is_a_413_however_it_comes(serve):
     assert proxy.post("/v1/completions", json={"prompt": "w5"}).status_code == 200
 
 
+def test_a_body_that_says_it_is_too_long_is_a_413_at_once(serve):
+    proxy = serve(Engine(), max_body=1000)
+    with socket.create_connection(("127.0.0.1", proxy.base_url.port), timeout=5) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1001\r\n\r\n{")
+        assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
 @pytest.mark.parametrize(
     "given", [None, "Bearer wrong", "Bearer", "Basic right", "right", "Bearer r\u00efght", "Bearer rightt"]
 )
@@ -449,20 +458,10 @@ def test_the_command_listens_on_loopback_unless_told_otherwise(exported, monkeyp
     calls = []
     monkeypatch.setattr(uvicorn, "run", lambda app, **settings: calls.append(settings))
     main(["proxy", "--model", str(exported.folder), "--engine", "http://127.0.0.1:9"])
-    main(
-        [
-            "proxy",
-            "--model",
-            str(exported.folder),
-            "--engine",
-            "http://127.0.0.1:9",
-            "--host",
-            "0.0.0.0",
-            "--port",
-            "81",
-        ]
-    )
-    assert [(call["host"], call["port"]) for call in calls] == [("127.0.0.1", 8100), ("0.0.0.0", 81)]
+    run_proxy(str(exported.folder), "http://127.0.0.1:9")
+    flags = ["--host", "0.0.0.0", "--port", "81"]
+    main(["proxy", "--model", str(exported.folder), "--engine", "http://127.0.0.1:9", *flags])
+    assert [(call["host"], call["port"]) for call in calls] == [("127.0.0.1", 8100)] * 2 + [("0.0.0.0", 81)]
 
 
 @pytest.mark.parametrize(

@@ -207,14 +207,9 @@ def _layers_needed(config: IDPConfig, decoder: nn.Module) -> int:
 
 
 def _first_layers(config, layers: int):
-    """The config of a model of so many layers: what is listed per layer is cut as well."""
+    """The config of a model of so many layers. (What it lists per layer is read from the front.)"""
     config = copy.deepcopy(config)
-    text = config.get_text_config(decoder=True)
-    total = text.num_hidden_layers
-    per_layer = {key: value for key, value in vars(text).items() if isinstance(value, list) and len(value) == total}
-    for key, value in per_layer.items():
-        setattr(text, key, value[:layers])
-    text.num_hidden_layers = layers
+    config.get_text_config(decoder=True).num_hidden_layers = layers
     return config
 
 
