@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import socket
 import time
@@ -46,23 +47,33 @@ def prompter(exported):
     return RequestPrompter(Router.from_pretrained(exported.folder), exported)
 
 
+@contextlib.contextmanager
+def starting(prompter):
+    """Gives start(engine, **settings) -> a client of a proxy in front of the engine; ends them all."""
+    with contextlib.ExitStack() as stack:
+
+        def start(engine: Engine | str, **settings):
+            if isinstance(engine, Engine):
+                engine = stack.enter_context(Server(engine.app)).url
+            app = proxy_app(prompter, ProxySettings(engine, "tiny", **settings))
+            return stack.enter_context(client(stack.enter_context(Server(app)).url))
+
+        yield start
+
+
 @pytest.fixture
 def serve(prompter):
-    """serve(engine, **settings) -> a client of a proxy in front of the engine."""
-    stack = []
+    with starting(prompter) as start:
+        yield start
 
-    def start(engine: Engine | str, **settings):
-        if isinstance(engine, Engine):
-            stack.append(Server(engine.app))
-            engine = stack[-1].__enter__().url
-        settings = ProxySettings(engine, "tiny", **settings)
-        stack.append(Server(proxy_app(prompter, settings)))
-        stack.append(client(stack[-1].__enter__().url))
-        return stack[-1].__enter__()
 
-    yield start
-    for context in reversed(stack):
-        context.__exit__(None, None, None)
+@pytest.fixture(scope="module")
+def unasked(prompter):
+    """An engine that no request may reach, and clients of a proxy in front of it, without and with a bearer token."""
+    engine = Engine()
+    with starting(prompter) as start:
+        yield engine, start(engine), start(engine, api_key="right")
+    assert engine.headers == []
 
 
 def error_of(response, status: int) -> dict:
@@ -218,9 +229,8 @@ def test_the_clients_own_token_goes_to_the_engine_unless_the_proxy_has_one(serve
         ({"prompt": "w5", "logit_bias": [1]}, "logit_bias", "`logit_bias` must be an object"),
     ],
 )
-def test_a_bad_completion_is_a_400_that_says_why(serve, body, param, text):
-    engine = Engine()
-    proxy = serve(engine)
+def test_a_bad_completion_is_a_400_that_says_why(unasked, body, param, text):
+    engine, proxy, _ = unasked
     content = body if isinstance(body, bytes) else json.dumps(body)
     error = error_of(proxy.post("/v1/completions", content=content), 400)
     assert text in error["message"]
@@ -266,9 +276,9 @@ def test_a_bad_completion_is_a_400_that_says_why(serve, body, param, text):
         ({"messages": CHAT, "add_special_tokens": True}, "add_special_tokens", "a token in front of the prompt"),
     ],
 )
-def test_a_bad_chat_is_a_400_that_says_why(serve, body, param, text):
-    engine = Engine()
-    error = error_of(serve(engine).post("/v1/chat/completions", json=body), 400)
+def test_a_bad_chat_is_a_400_that_says_why(unasked, body, param, text):
+    engine, proxy, _ = unasked
+    error = error_of(proxy.post("/v1/chat/completions", json=body), 400)
     assert text in error["message"]
     assert error["param"] == param
     assert engine.seen == []
@@ -328,9 +338,8 @@ def test_a_body_that_says_it_is_too_long_is_a_413_at_once(serve):
 @pytest.mark.parametrize(
     "given", [None, "Bearer wrong", "Bearer", "Basic right", "right", "Bearer r\u00efght", "Bearer rightt"]
 )
-def test_a_wrong_token_is_a_401(serve, given):
-    engine = Engine()
-    proxy = serve(engine, api_key="right")
+def test_a_wrong_token_is_a_401(unasked, given):
+    engine, _, proxy = unasked
     headers = {} if given is None else {"authorization": given.encode("latin-1")}
     for response in (
         proxy.post("/v1/completions", content=b"{not json", headers=headers),
