@@ -111,10 +111,10 @@ class Router:
         real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.to(device).bool()
         decoder, longest = self.layer.decoder, self.layer.active_bank.max_length
         check_room(decoder, input_ids.shape[1], longest, real)
-        cache = None
+        length = None
         if has_changing_rotary(decoder):
-            cache = self.layer.prompt_cache(rotary_length(decoder, longest + int(real.sum(-1).max())))
-        selection = select(self.layer, {"input_ids": input_ids}, real, selection_mask, None, cache)
+            length = rotary_length(decoder, longest + int(real.sum(-1).max()))
+        selection = select(self.layer, {"input_ids": input_ids}, real, selection_mask, None, length)
         return replace(selection, prompt_names=self.config.prompt_names)
 
     def route(self, texts: Sequence[str | list[int]], batch_size: int = 8) -> Selection:
