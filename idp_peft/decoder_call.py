@@ -30,6 +30,7 @@ from idp_peft.input_checks import (
     checked_inputs,
     checked_mask,
     refuse_cache_under_checkpointing,
+    refuse_lengths_by_layer,
     refuse_packed,
     refuse_without_own_generate,
 )
@@ -37,6 +38,7 @@ from idp_peft.prompt_cache import check_finite
 from idp_peft.prompt_ids import CHOOSES, check_prompt_ids
 from idp_peft.prompted_cache import PromptPart, adopt, decoder_view, is_prompted
 from idp_peft.selection import Selection
+from idp_peft.sharding import gathers
 
 
 @dataclass
@@ -181,11 +183,16 @@ class DecoderCall:
         checkpointing = _is_checkpointing(decoder)
         returns_cache = _returns_cache(decoder, kwargs)
         padding_first = self._padding_must_stand_first(decoder, mask, tokens, returns_cache)
-        concatenate = checkpointing or padding_first
+        by_layer = any(gathers(block) for block in find_blocks(decoder)[1])
+        # Behind a layer whose weights are dropped, nothing asks for them again to pass on the gradient of keys and values
+        # that left it in a cache: the prompt must go through with its input.
+        concatenate = checkpointing or padding_first or (by_layer and layer.trains)
 
         length = None
         if has_changing_rotary(decoder):
             length = rotary_length(decoder, bank.max_length + (tokens if mask is None else int(real.sum(-1).max())))
+        if by_layer and not layer.trains:
+            layer.prompt_cache()  # every process must gather the layers for it, those too whose rows will not read it
         part = self._part(prompts_for(layer, kwargs, real, length).to(real.device))
         if not part.positions and cache is None and not returns_cache:
             return  # the base model, exactly
@@ -213,6 +220,7 @@ class DecoderCall:
         inputs = checked_inputs(kwargs)
         batch, tokens = inputs.shape[:2]
         refuse_without_own_generate(self.layer, kwargs)
+        refuse_lengths_by_layer(decoder)
         mask = checked_mask(kwargs, batch, tokens, "the input")
         real = torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device) if mask is None else mask.bool()
         refuse_packed(kwargs, real)
@@ -289,7 +297,10 @@ def _is_checkpointing(decoder: nn.Module) -> bool:
     """Whether layers drop every cache they are given, to be recomputed: they do while they train, with or without
     gradients."""
     modules = (decoder, *find_blocks(decoder)[1])
-    return decoder.training and any(getattr(module, "gradient_checkpointing", False) for module in modules)
+    return decoder.training and any(
+        getattr(module, "gradient_checkpointing", False) or hasattr(module, "_checkpoint_wrapped_module")
+        for module in modules
+    )
 
 
 def _mask_with_prompt(decoder, cache, part: PromptPart, mask, batch: int, total: int) -> torch.Tensor | None:

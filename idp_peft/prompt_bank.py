@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from idp_peft.config import IDPConfig
+from idp_peft.sharding import is_sharded
 
 
 class PromptBank(nn.Embedding):
@@ -34,9 +35,11 @@ class PromptBank(nn.Embedding):
     def tokens(self) -> torch.Tensor:
         """All soft prompt tokens, float `[sum_i k_i, d]`.
 
-        Goes through the module's forward, never through `weight`, so that sharded parameters (ZeRO-3, FSDP) are
-        gathered.
+        Goes through the module's forward, so that sharded parameters (ZeRO-3) are gathered; FSDP2 has gathered them where
+        the model's own forward runs, and outside of it every process must ask for them.
         """
+        if is_sharded(self.weight):
+            return self.weight.full_tensor()
         # The index stays on the CPU while an offloaded weight waits on the meta device.
         device = None if self.weight.is_meta else self.weight.device
         return self(torch.arange(self.num_embeddings, device=device))

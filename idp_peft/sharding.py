@@ -1,0 +1,47 @@
+"""Weights that torch's FSDP2 spreads over processes, and which part of a batch this process has.
+
+FSDP2 gathers a module's weights in hooks on that module and drops them again behind it. Whatever IDP runs besides the
+model's own forward must see to that itself, and must do it on every process or on none: a gathering waits for all.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a part of one that is spread over processes (a `DTensor`)."""
+    module = sys.modules.get("torch.distributed.tensor")  # nobody has made one where that was never imported
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def gathers(module: nn.Module) -> bool:
+    """Whether a module's weights are gathered when it is run, and dropped behind it (`fully_shard`)."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def gather_around(runs: nn.Module, owner: nn.Module) -> None:
+    """Have `owner`'s weights gathered while `runs`, a copy that shares them, is run; also where that ends in an error."""
+    if gathers(owner):
+        runs.register_forward_pre_hook(lambda *_: owner.unshard())
+        runs.register_forward_hook(lambda *_: owner.reshard(), always_call=True)
+
+
+def place_in_batch() -> tuple[int, int]:
+    """`(rank, processes)` among those that work on different examples of the same step; `(0, 1)` in a single process.
+
+    Processes that share an example (tensor or context parallel) have the same rank.
+    """
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return 0, 1
+    share = 1
+    accelerate = sys.modules.get("accelerate.state")
+    state = accelerate.AcceleratorState._shared_state if accelerate is not None else {}
+    if state.get("parallelism_config") is not None:
+        share = state["parallelism_config"].non_data_parallel_size
+    return distributed.get_rank() // share, distributed.get_world_size() // share
