@@ -29,7 +29,7 @@ from idp_peft.decoder import (
 )
 from idp_peft.prompt_cache import PromptCache
 from idp_peft.selection import AttentionLayer, BlockMask, attention_on_prompts, sum_by_prompt
-from idp_peft.sharding import gather_around
+from idp_peft.sharding import gather_around, plain_class
 
 _IMPLEMENTATION = "idp_probe"
 _HOOK_TABLES = (
@@ -167,6 +167,7 @@ def _copy_block(owner: nn.Module, config) -> nn.Module:
     block = getattr(owner, "_checkpoint_wrapped_module", owner)  # torch's activation checkpointing, by FSDP
     name = find_attention(block)
     attention = _bare_copy(getattr(block, name))
+    gather_around(attention, getattr(block, name))
     attention.config = config
     if not uses_interface(type(attention)):
         attention.forward = _EagerProbe(attention)
@@ -209,9 +210,9 @@ def _bare_copy(module: nn.Module) -> nn.Module:
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:
-    """`copy.copy`, also of a module that FSDP2 shards: the class it is given there makes new modules, not copies. Weights
-    that are gathered later show in the copy as well: both hold the same dict of them."""
-    copied = object.__new__(type(module))
+    """`copy.copy`, also of a module that FSDP2 shards, without the class it is given there, which answers for gathering.
+    Weights that are gathered later show in the copy as well: both hold the same dict of them."""
+    copied = object.__new__(plain_class(module))
     copied.__dict__.update(module.__dict__)
     return copied
 

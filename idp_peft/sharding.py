@@ -24,6 +24,11 @@ def gathers(module: nn.Module) -> bool:
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class, of one that FSDP2 shards the one it had before: that stands behind `FSDPModule` in the new one."""
+    return type(module).__mro__[2] if gathers(module) else type(module)
+
+
 def gather_around(runs: nn.Module, owner: nn.Module) -> None:
     """Have `owner`'s weights gathered while `runs`, a copy that shares them, is run; also where that ends in an error."""
     if gathers(owner):

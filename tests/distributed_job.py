@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import DistributedType, PartialState
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from accelerate.utils import set_seed
 from peft import get_peft_model
 from torch.utils.data import DataLoader
@@ -50,15 +50,25 @@ def examples(count: int = 16, length: int = 12) -> list[dict]:
     ]
 
 
-def build(assignment: str, base: str = "llama", folder: str | None = None, **config):
+def build(assignment: str, base: str | None = None, architecture: str = "llama", **config):
     set_seed(7)
-    model = tiny(base) if folder is None else AutoModelForCausalLM.from_pretrained(folder)
+    model = tiny(architecture) if base is None else AutoModelForCausalLM.from_pretrained(base)
     config = {"num_prompts": 4, "num_virtual_tokens": LENGTHS, **config}
     return get_peft_model(model, IDPConfig(task_type="CAUSAL_LM", assignment=assignment, **config))
 
 
 def bank_of(model):
     return model.base_model.layer.active_bank
+
+
+def shard_parts_of_layers(model) -> None:
+    """Units that no accelerate config makes: attention and decoder have their own, layers too."""
+    decoder = model.get_base_model().model
+    for layer in decoder.layers:
+        torch.distributed.fsdp.fully_shard(layer.self_attn)
+        torch.distributed.fsdp.fully_shard(layer)
+    torch.distributed.fsdp.fully_shard(decoder)
+    torch.distributed.fsdp.fully_shard(model)
 
 
 class Calls:
@@ -79,15 +89,20 @@ class Calls:
             handle.remove()
 
 
-def loop(folder: Path, assignment: str, checkpointing: bool = False, precision: str = "no", **config) -> dict:
+def loop(
+    folder: Path, assignment: str, checkpointing: bool = False, precision: str = "no", by_hand: bool = False, **config
+) -> dict:
     """A plain accelerate loop: train, evaluate, generate, save."""
     accelerator = Accelerator(mixed_precision=precision)
     model = build(assignment, **config)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if by_hand and accelerator.distributed_type == DistributedType.FSDP:
+        shard_parts_of_layers(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-    batches = DataLoader(examples(), batch_size=BATCH // accelerator.num_processes)
-    model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+    batches = accelerator.prepare(DataLoader(examples(), batch_size=BATCH // accelerator.num_processes))
+    if not by_hand:
+        model, optimizer = accelerator.prepare(model, optimizer)
     inner = accelerator.unwrap_model(model)
     set_seed(1)
     model.train()
@@ -152,7 +167,11 @@ def trainer(folder: Path, assignment: str, **config) -> dict:
     """transformers' Trainer: train, evaluate, save; then again from the checkpoint in the middle."""
     whole = _trained(folder / "run", build(assignment, **config))
     losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
-    result = {"losses": losses, "eval_loss": whole.evaluate()["eval_loss"], "wrapper": type(whole.model_wrapped).__name__}
+    result = {
+        "losses": losses,
+        "eval_loss": whole.evaluate()["eval_loss"],
+        "wrapper": type(whole.model_wrapped).__name__,
+    }
     result["finds_unused"] = getattr(whole.model_wrapped, "find_unused_parameters", None)
     with Calls(whole.accelerator.unwrap_model(whole.model)) as calls:
         whole.save_model(str(folder))
@@ -185,15 +204,20 @@ def _trained(folder: Path, model, **how) -> Trainer:
     return one
 
 
+# Each takes the folder to write to, and that of a base model.
 JOBS = {
     "selected": lambda folder, base: loop(folder, "selected"),
     "uniform": lambda folder, base: loop(folder, "uniform"),
     "all": lambda folder, base: loop(folder, "all"),
     "checkpointing": lambda folder, base: loop(folder, "selected", checkpointing=True),
     "deeper": lambda folder, base: loop(folder, "selected", selection_layer=-1),
-    "trainer": lambda folder, base: trainer(folder, "uniform", folder=base),
-    "trainer_selected": lambda folder, base: trainer(folder, "selected", folder=base),
     "mixed": lambda folder, base: loop(folder, "selected", precision="bf16"),
+    "by_hand": lambda folder, base: loop(folder, "selected", by_hand=True),
+    "gpt2": lambda folder, base: loop(folder, "selected", architecture="gpt2"),
+    "bloom": lambda folder, base: loop(folder, "selected", architecture="bloom"),
+    "gemma2": lambda folder, base: loop(folder, "selected", architecture="gemma2"),
+    "trainer": lambda folder, base: trainer(folder, "uniform", base=base),
+    "trainer_selected": lambda folder, base: trainer(folder, "selected", base=base),
 }
 
 
@@ -202,6 +226,7 @@ def main(folder: str, *jobs: str) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         let_accelerate_shard_on_cpu()
     for job in jobs:
+        AcceleratorState._reset_state(reset_partial_state=True)
         result = JOBS[job](Path(folder) / job, str(Path(folder) / "base"))
         everyone = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, result)
