@@ -10,6 +10,8 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from idp_peft.sharding import whole_shape
+
 _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _POSITION_TABLES = ("wpe", "embed_positions")
 _CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument, and takes the old name too
@@ -207,7 +209,7 @@ def embedding_dtype(embeddings: nn.Module, decoder: nn.Module) -> torch.dtype:
 
 def embedding_width(embeddings: nn.Module) -> int:
     """d, the width of the decoder's input embeddings (of a quantised table: what it says of itself)."""
-    return embeddings.weight.shape[-1] if embeddings.weight.is_floating_point() else embeddings.embedding_dim
+    return whole_shape(embeddings.weight)[-1] if embeddings.weight.is_floating_point() else embeddings.embedding_dim
 
 
 def by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:

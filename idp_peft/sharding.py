@@ -1,4 +1,4 @@
-"""Weights that torch's FSDP2 spreads over processes, and which part of a batch this process has.
+"""Weights that FSDP2 or ZeRO-3 spread over processes, and which part of a batch this process has.
 
 FSDP2 gathers a module's weights in hooks on that module and drops them again behind it. Whatever IDP runs besides the
 model's own forward must see to that itself, and must do it on every process or on none: a gathering waits for all.
@@ -16,6 +16,11 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a part of one that is spread over processes (a `DTensor`)."""
     module = sys.modules.get("torch.distributed.tensor")  # nobody has made one where that was never imported
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def whole_shape(weight: torch.Tensor) -> torch.Size:
+    """The shape of a weight, of one that ZeRO-3 spread over processes the one it has when gathered."""
+    return getattr(weight, "ds_shape", weight.shape)
 
 
 def gathers(module: nn.Module) -> bool:

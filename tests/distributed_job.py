@@ -21,20 +21,30 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from idp_peft import IDPConfig
+from idp_peft.decoder import find_blocks
 from tests.tiny import tiny
 
 LENGTHS = [3, 4, 2, 4]
 BATCH = 4  # of all processes together
 
 
-def let_accelerate_shard_on_cpu() -> None:
-    """accelerate offers FSDP to accelerators only: tell it that these processes have one."""
+def let_accelerate_shard_on_cpu(way: str) -> None:
+    """accelerate offers FSDP and DeepSpeed to accelerators only: tell it that these processes have one."""
+    if way == DistributedType.DEEPSPEED:
+        import deepspeed
+
+        torch.distributed.init_process_group("gloo")
+        deepspeed.init_distributed("gloo")
     start = PartialState.__init__
 
     def init(self, *args, **kwargs):
         start(self, *args, **kwargs)
-        if self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type = DistributedType.MULTI_GPU
+        if way == DistributedType.DEEPSPEED:
+            self.distributed_type, self.device, self.backend = way, torch.device("cpu"), "gloo"
+            self.num_processes, self.process_index = torch.distributed.get_world_size(), torch.distributed.get_rank()
+            self.local_process_index = self.process_index
+        elif self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU  # from which accelerate goes on to FSDP
 
     PartialState.__init__ = init
 
@@ -72,10 +82,10 @@ def shard_parts_of_layers(model) -> None:
 
 
 class Calls:
-    """Counts the forwards of the decoder and of what it holds, inside a `with`."""
+    """Counts the forwards of some modules, inside a `with`."""
 
-    def __init__(self, model) -> None:
-        self.modules, self.count = list(model.get_base_model().modules()), 0
+    def __init__(self, modules) -> None:
+        self.modules, self.count = list(modules), 0
 
     def __enter__(self) -> Calls:
         self.handles = [module.register_forward_pre_hook(self._called) for module in self.modules]
@@ -100,9 +110,11 @@ def loop(
     if by_hand and accelerator.distributed_type == DistributedType.FSDP:
         shard_parts_of_layers(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-    batches = accelerator.prepare(DataLoader(examples(), batch_size=BATCH // accelerator.num_processes))
-    if not by_hand:
-        model, optimizer = accelerator.prepare(model, optimizer)
+    batches = DataLoader(examples(), batch_size=BATCH // accelerator.num_processes)
+    if by_hand:
+        batches = accelerator.prepare(batches)
+    else:
+        model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
     inner = accelerator.unwrap_model(model)
     set_seed(1)
     model.train()
@@ -121,7 +133,8 @@ def loop(
 
 
 def evaluate(accelerator, model, inner) -> dict:
-    """Choices and logits of a padded batch, and what is generated from it: every process has all of it."""
+    """Choices and logits of a padded batch, and what is generated from it: every process has all of it. And how often the
+    last layer runs for that batch a second time."""
     model.eval()
     ids = torch.stack([row["input_ids"] for row in examples(6)])
     mask = torch.ones_like(ids)
@@ -129,15 +142,22 @@ def evaluate(accelerator, model, inner) -> dict:
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=mask).logits
     choices = inner.base_model.last_selection.prompt_ids.tolist()
+    with torch.no_grad(), Calls([find_blocks(inner.base_model.layer.decoder)[1][-1]]) as calls:
+        model(input_ids=ids, attention_mask=mask)
     if accelerator.distributed_type == DistributedType.FSDP:
         torch.distributed.fsdp.register_fsdp_forward_method(model, "generate")
     generated = inner.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
-    return {"choices": choices, "logits": logits[:, -1].float().tolist(), "generated": generated[:, -4:].tolist()}
+    return {
+        "choices": choices,
+        "logits": logits[:, -1].float().tolist(),
+        "generated": generated[:, -4:].tolist(),
+        "runs_again": calls.count,
+    }
 
 
 def save(accelerator, model, inner, folder: Path) -> dict:
     """PEFT's own way of saving under accelerate; only the first process writes."""
-    with Calls(inner) as calls:
+    with Calls(inner.modules()) as calls:
         accelerator.wait_for_everyone()
         weights = accelerator.get_state_dict(model)
         if accelerator.is_main_process:
@@ -173,7 +193,7 @@ def trainer(folder: Path, assignment: str, **config) -> dict:
         "wrapper": type(whole.model_wrapped).__name__,
     }
     result["finds_unused"] = getattr(whole.model_wrapped, "find_unused_parameters", None)
-    with Calls(whole.accelerator.unwrap_model(whole.model)) as calls:
+    with Calls(whole.accelerator.unwrap_model(whole.model).modules()) as calls:
         whole.save_model(str(folder))
     result["forwards_while_saving"] = calls.count
     blank = build(assignment, **config)
@@ -206,13 +226,13 @@ def _trained(folder: Path, model, **how) -> Trainer:
 
 # Each takes the folder to write to, and that of a base model.
 JOBS = {
-    "selected": lambda folder, base: loop(folder, "selected"),
-    "uniform": lambda folder, base: loop(folder, "uniform"),
-    "all": lambda folder, base: loop(folder, "all"),
-    "checkpointing": lambda folder, base: loop(folder, "selected", checkpointing=True),
-    "deeper": lambda folder, base: loop(folder, "selected", selection_layer=-1),
-    "mixed": lambda folder, base: loop(folder, "selected", precision="bf16"),
-    "by_hand": lambda folder, base: loop(folder, "selected", by_hand=True),
+    "selected": lambda folder, base: loop(folder, "selected", base=base),
+    "uniform": lambda folder, base: loop(folder, "uniform", base=base),
+    "all": lambda folder, base: loop(folder, "all", base=base),
+    "checkpointing": lambda folder, base: loop(folder, "selected", base=base, checkpointing=True),
+    "deeper": lambda folder, base: loop(folder, "selected", base=base, selection_layer=-1),
+    "mixed": lambda folder, base: loop(folder, "selected", base=base, precision="bf16"),
+    "by_hand": lambda folder, base: loop(folder, "selected", base=base, by_hand=True),
     "gpt2": lambda folder, base: loop(folder, "selected", architecture="gpt2"),
     "bloom": lambda folder, base: loop(folder, "selected", architecture="bloom"),
     "gemma2": lambda folder, base: loop(folder, "selected", architecture="gemma2"),
@@ -224,7 +244,9 @@ JOBS = {
 def main(folder: str, *jobs: str) -> None:
     torch.set_num_threads(1)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        let_accelerate_shard_on_cpu()
+        let_accelerate_shard_on_cpu(DistributedType.FSDP)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        let_accelerate_shard_on_cpu(DistributedType.DEEPSPEED)
     for job in jobs:
         AcceleratorState._reset_state(reset_partial_state=True)
         result = JOBS[job](Path(folder) / job, str(Path(folder) / "base"))

@@ -24,6 +24,17 @@ FSDP2 = {
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }
+# And from one with `distributed_type: DEEPSPEED`. Its default clips gradients to a norm of 1, which Trainer does and a plain
+# loop does not.
+ZERO3 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    "ACCELERATE_GRADIENT_CLIPPING": "1e9",
+    "ACCELERATE_USE_CPU": "false",
+    "DS_ACCELERATOR": "cpu",
+}
 LIMIT = 400  # seconds; gloo itself would wait for half an hour for a process that never comes
 
 

@@ -17,6 +17,7 @@ from tests.distributed_job import BATCH, LENGTHS, examples
 from tests.distributed_run import FSDP2, close, in_one_process, in_two_processes, prompts_in
 from tests.tiny import tiny
 
+pytestmark = pytest.mark.xdist_group("distributed")  # one launch for all of them
 TOLERANCE = 1e-5
 # The launch costs more than the jobs, so each way is launched once.
 JOBS = {"ddp": ["selected", "all", "trainer"], "fsdp2": ["selected", "uniform", "checkpointing", "trainer"]}
@@ -66,6 +67,11 @@ def test_every_process_chooses_and_generates_as_one_process_does(runs, way, job)
         assert seen["choices"] == expected["choices"]
         assert seen["generated"] == expected["generated"]
         assert close(seen["logits"], expected["logits"], TOLERANCE)
+
+
+@pytest.mark.parametrize(("way", "job"), LOOPS)
+def test_the_prompt_cache_is_computed_once(runs, way, job):
+    assert [seen["runs_again"] for seen in runs.two(way)[job]] == [1, 1]
 
 
 @pytest.mark.parametrize(("way", "job"), LOOPS)
