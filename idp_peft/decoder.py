@@ -10,7 +10,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from idp_peft.sharding import whole_shape
+from idp_peft.sharding import gathers, whole_shape
 
 _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _POSITION_TABLES = ("wpe", "embed_positions")
@@ -80,6 +80,12 @@ def find_blocks(decoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
 def find_attention(block: nn.Module) -> str | None:
     """Name of a layer's self-attention module."""
     return next((name for name in _ATTENTION_NAMES if isinstance(getattr(block, name, None), nn.Module)), None)
+
+
+def gathers_layers(decoder: nn.Module) -> bool:
+    """Whether what makes a layer's keys and values is gathered over processes for that layer alone (FSDP2)."""
+    blocks = find_blocks(decoder)[1]
+    return any(gathers(part) for block in blocks for part in (block, getattr(block, find_attention(block))))
 
 
 @cache

@@ -18,6 +18,7 @@ from idp_peft.decoder import (
     distances_from_slots,
     find_blocks,
     forward_parameters,
+    gathers_layers,
     given_cache,
     has_alibi,
     has_changing_rotary,
@@ -38,7 +39,7 @@ from idp_peft.prompt_cache import check_finite
 from idp_peft.prompt_ids import CHOOSES, check_prompt_ids
 from idp_peft.prompted_cache import PromptPart, adopt, decoder_view, is_prompted
 from idp_peft.selection import Selection
-from idp_peft.sharding import gathers
+from idp_peft.sharding import unwrapped
 
 
 @dataclass
@@ -183,7 +184,7 @@ class DecoderCall:
         checkpointing = _is_checkpointing(decoder)
         returns_cache = _returns_cache(decoder, kwargs)
         padding_first = self._padding_must_stand_first(decoder, mask, tokens, returns_cache)
-        by_layer = any(gathers(block) for block in find_blocks(decoder)[1])
+        by_layer = gathers_layers(decoder)
         # Behind a layer whose weights are dropped, nothing asks for them again to pass on the gradient of keys and values
         # that left it in a cache: the prompt must go through with its input.
         concatenate = checkpointing or padding_first or (by_layer and layer.trains)
@@ -298,8 +299,7 @@ def _is_checkpointing(decoder: nn.Module) -> bool:
     gradients."""
     modules = (decoder, *find_blocks(decoder)[1])
     return decoder.training and any(
-        getattr(module, "gradient_checkpointing", False) or hasattr(module, "_checkpoint_wrapped_module")
-        for module in modules
+        getattr(module, "gradient_checkpointing", False) or unwrapped(module) is not module for module in modules
     )
 
 

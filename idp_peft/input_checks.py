@@ -9,10 +9,9 @@ from torch import nn
 from transformers import StaticCache
 
 from idp_peft import call as calls
-from idp_peft.decoder import find_blocks, given_cache, has_changing_rotary, position_limit
+from idp_peft.decoder import gathers_layers, given_cache, has_changing_rotary, position_limit
 from idp_peft.host_loop import packs_rows
 from idp_peft.prompted_cache import is_prompted
-from idp_peft.sharding import gathers
 
 
 def checked_inputs(kwargs: dict) -> torch.Tensor:
@@ -69,7 +68,7 @@ def refuse_cache_under_checkpointing() -> None:
 def refuse_lengths_by_layer(decoder: nn.Module) -> None:
     """Raise for rotary frequencies that depend on the length where layers are gathered over processes one by one: a
     process with longer rows would compute a prompt cache that the others do not, and wait for them for ever."""
-    if has_changing_rotary(decoder) and any(gathers(block) for block in find_blocks(decoder)[1]):
+    if has_changing_rotary(decoder) and gathers_layers(decoder):
         raise ValueError(
             "IDP cannot run a model whose rotary frequencies depend on the length (`rope_type` 'dynamic' or 'longrope') under "
             "FSDP2 with layers of their own: wrap the model as a whole (`fsdp_auto_wrap_policy: NO_WRAP`), or use DDP"

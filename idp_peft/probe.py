@@ -29,7 +29,7 @@ from idp_peft.decoder import (
 )
 from idp_peft.prompt_cache import PromptCache
 from idp_peft.selection import AttentionLayer, BlockMask, attention_on_prompts, sum_by_prompt
-from idp_peft.sharding import gather_around, plain_class
+from idp_peft.sharding import gather_around, plain_class, unwrapped
 
 _IMPLEMENTATION = "idp_probe"
 _HOOK_TABLES = (
@@ -164,7 +164,7 @@ def _copy_decoder(decoder: nn.Module, layer: int, implementation: str) -> nn.Mod
 
 
 def _copy_block(owner: nn.Module, config) -> nn.Module:
-    block = getattr(owner, "_checkpoint_wrapped_module", owner)  # torch's activation checkpointing, by FSDP
+    block = unwrapped(owner)
     name = find_attention(block)
     attention = _bare_copy(getattr(block, name))
     gather_around(attention, getattr(block, name))

@@ -25,20 +25,38 @@ def whole_shape(weight: torch.Tensor) -> torch.Size:
 
 def gathers(module: nn.Module) -> bool:
     """Whether a module's weights are gathered when it is run, and dropped behind it (`fully_shard`)."""
+    return bool(_units(module))
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether any process holds only a part of a model: under FSDP2, or ZeRO-3."""
+    return any(gathers(module) for module in model.modules()) or any(
+        weight.shape != whole_shape(weight) for weight in model.parameters()
+    )
+
+
+def unwrapped(layer: nn.Module) -> nn.Module:
+    """A layer without torch's wrapper for activation checkpointing, which FSDP puts around it when asked to."""
+    return getattr(layer, "_checkpoint_wrapped_module", layer)
+
+
+def _units(module: nn.Module) -> list[nn.Module]:
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+    if fsdp is None:
+        return []
+    return [one for one in dict.fromkeys((module, unwrapped(module))) if isinstance(one, fsdp.FSDPModule)]
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """A module's class, of one that FSDP2 shards the one it had before: that stands behind `FSDPModule` in the new one."""
-    return type(module).__mro__[2] if gathers(module) else type(module)
+    return type(module).__mro__[2] if module in _units(module) else type(module)
 
 
 def gather_around(runs: nn.Module, owner: nn.Module) -> None:
     """Have `owner`'s weights gathered while `runs`, a copy that shares them, is run; also where that ends in an error."""
-    if gathers(owner):
-        runs.register_forward_pre_hook(lambda *_: owner.unshard())
-        runs.register_forward_hook(lambda *_: owner.reshard(), always_call=True)
+    for unit in _units(owner):
+        runs.register_forward_pre_hook(lambda *_, unit=unit: unit.unshard())
+        runs.register_forward_hook(lambda *_, unit=unit: unit.reshard(), always_call=True)
 
 
 def place_in_batch() -> tuple[int, int]:

@@ -163,7 +163,13 @@ def save(accelerator, model, inner, folder: Path) -> dict:
         if accelerator.is_main_process:
             inner.save_pretrained(folder, state_dict=weights)
     accelerator.wait_for_everyone()
-    return {"forwards_while_saving": calls.count}
+    refused = None
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        try:
+            inner.save_pretrained(folder / "in_parts")
+        except ValueError as error:
+            refused = str(error)
+    return {"forwards_while_saving": calls.count, "refused": refused}
 
 
 def gradients(accelerator, model, inner) -> dict:

@@ -53,7 +53,8 @@ def in_two_processes(folder: Path, jobs: list[str], settings: dict[str, str] | N
         timeout=LIMIT,
     )
     if run.returncode:
-        raise AssertionError(f"two processes failed:\n{run.stderr[-6000:]}")
+        first = [line for line in run.stderr.splitlines() if line.startswith("[rank0]")]
+        raise AssertionError("two processes failed:\n" + ("\n".join(first[-40:]) or run.stderr[-6000:]))
     return {job: json.loads((folder / f"{job}.json").read_text()) for job in jobs}
 
 

@@ -101,6 +101,12 @@ def test_saving_runs_nothing_of_the_model(runs, way, job):
     assert [seen["forwards_while_saving"] for seen in runs.two(way)[job]] == [0, 0]
 
 
+def test_a_part_of_the_prompts_is_not_saved(runs):
+    for seen in runs.two("fsdp2")["selected"]:
+        assert "call `state_dict = accelerator.get_state_dict(model)` on every process" in seen["refused"]
+    assert not (runs.folder / "fsdp2" / "selected" / "in_parts").exists()
+
+
 def test_nobody_looks_for_unused_parameters(runs):
     assert [seen["finds_unused"] for seen in runs.two("ddp")["trainer"]] == [False, False]
 

@@ -9,6 +9,7 @@ import importlib.util
 
 import pytest
 
+from tests.distributed_job import LENGTHS
 from tests.distributed_run import FSDP2, ZERO3, close, in_one_process, in_two_processes, prompts_in
 
 TOLERANCE = 1e-5
@@ -58,7 +59,6 @@ def test_two_processes_do_what_one_does_with_the_whole_batch(way, one, tmp_path)
     for job, both in in_two_processes(tmp_path / way, jobs, settings).items():
         expected, folder = one(job)
         for seen in both:
-            # `by_hand` is sharded without accelerate, whose wrapper is torch's own.
             assert seen["wrapper"] == wrapper, job
             assert close(seen["losses"], expected["losses"], TOLERANCE), job
             assert seen["forwards_while_saving"] == 0, job
@@ -67,7 +67,9 @@ def test_two_processes_do_what_one_does_with_the_whole_batch(way, one, tmp_path)
             for name in ("logits", "gradient"):
                 if seen.get(name) is not None:  # DeepSpeed keeps gradients to itself
                     assert close(seen[name], expected[name], TOLERANCE), (job, name)
-        assert close(prompts_in(tmp_path / way / job), prompts_in(folder), TOLERANCE), job
+        found = prompts_in(tmp_path / way / job)
+        assert found.shape == (sum(LENGTHS), 32)
+        assert close(found, prompts_in(folder), TOLERANCE), job
 
 
 def test_bfloat16_under_fsdp2_is_close(one, tmp_path):
