@@ -60,9 +60,9 @@ def examples(count: int = 16, length: int = 12) -> list[dict]:
     ]
 
 
-def build(assignment: str, base: str | None = None, architecture: str = "llama", **config):
+def build(assignment: str, base: str | None = None, architecture: str = "llama", dtype=torch.float32, **config):
     set_seed(7)
-    model = tiny(architecture) if base is None else AutoModelForCausalLM.from_pretrained(base)
+    model = tiny(architecture) if base is None else AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     config = {"num_prompts": 4, "num_virtual_tokens": LENGTHS, **config}
     return get_peft_model(model, IDPConfig(task_type="CAUSAL_LM", assignment=assignment, **config))
 
@@ -238,6 +238,7 @@ JOBS = {
     "checkpointing": lambda folder, base: loop(folder, "selected", base=base, checkpointing=True),
     "deeper": lambda folder, base: loop(folder, "selected", base=base, selection_layer=-1),
     "mixed": lambda folder, base: loop(folder, "selected", base=base, precision="bf16"),
+    "half": lambda folder, base: loop(folder, "selected", base=base, dtype=torch.bfloat16),
     "by_hand": lambda folder, base: loop(folder, "selected", base=base, by_hand=True),
     "gpt2": lambda folder, base: loop(folder, "selected", architecture="gpt2"),
     "bloom": lambda folder, base: loop(folder, "selected", architecture="bloom"),
