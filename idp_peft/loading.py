@@ -79,7 +79,7 @@ def load(
             f"the base of `adapter` {str(adapter)!r} could not be loaded ({error}): pass `base`, the folder or Hub id where "
             "that model is now"
         ) from error
-    tokenizer = _tokenizer_beside(str(adapter), hub, subfolder)
+    tokenizer = tokenizer_beside(str(adapter), hub, subfolder)
     if tokenizer is None:
         tokenizer = load_tokenizer(name, **of_base)
     elif len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
@@ -114,7 +114,7 @@ def adapter_config(adapter: str | Path, hub_kwargs: dict | None = None) -> PeftC
         raise ValueError(f"`adapter` {str(adapter)!r} could not be loaded: {reason}") from error
 
 
-def _tokenizer_beside(adapter: str, hub: dict, subfolder: str | None) -> PreTrainedTokenizerBase | None:
+def tokenizer_beside(adapter: str, hub: dict, subfolder: str | None) -> PreTrainedTokenizerBase | None:
     """The tokenizer in an adapter's folder, or above its sub-folder."""
     from transformers import AutoTokenizer
 
@@ -131,7 +131,9 @@ def _tokenizer_beside(adapter: str, hub: dict, subfolder: str | None) -> PreTrai
     return None
 
 
-def load_model(name_or_path: str | Path, for_training: bool = False, **from_pretrained_kwargs) -> PreTrainedModel:
+def load_model(
+    name_or_path: str | Path, for_training: bool = False, headless: bool = False, **from_pretrained_kwargs
+) -> PreTrainedModel:
     """A causal language model in evaluation mode: dense, sparse, or in any quantised format that transformers reads.
 
     Args:
@@ -140,6 +142,7 @@ def load_model(name_or_path: str | Path, for_training: bool = False, **from_pret
         for_training (`bool`, defaults to `False`): choose kernels that hand gradients on, where the format has several:
             gptqmodel's plain torch ones for GPTQ and AWQ, and bitsandbytes' without its repacking for inference. The
             default ones cut the gradient without an error once they have run in evaluation mode.
+        headless (`bool`, defaults to `False`): without its output head, for what reads hidden states alone.
         from_pretrained_kwargs: go to `AutoModelForCausalLM.from_pretrained` and win over the defaults below.
 
     The device is the GPU where there is one. The type is float32 on a CPU; on a GPU it is bfloat16 for a dense model and
@@ -154,7 +157,7 @@ def load_model(name_or_path: str | Path, for_training: bool = False, **from_pret
         `ValueError`: where the folder holds no model, an adapter, or several GGUF files.
         `ImportError`: where the library that reads the format is missing, naming what to install.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
     where, gguf_file = find_model(name_or_path)
     hub = {name: from_pretrained_kwargs[name] for name in ("revision", "token") if name in from_pretrained_kwargs}
@@ -163,7 +166,8 @@ def load_model(name_or_path: str | Path, for_training: bool = False, **from_pret
     with _clear_errors(name_or_path, quantization), warnings.catch_warnings():
         # The part of it that says how to load does count.
         warnings.filterwarnings("ignore", message="You passed `quantization_config` or equivalent parameters")
-        model = AutoModelForCausalLM.from_pretrained(where, gguf_file=gguf_file, **arguments)
+        auto_class = AutoModel if headless else AutoModelForCausalLM
+        model = auto_class.from_pretrained(where, gguf_file=gguf_file, **arguments)
     if gguf_file:
         _forget_gguf(model)
     if for_training:

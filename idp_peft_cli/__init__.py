@@ -14,6 +14,9 @@ _COMMANDS = {
     "evaluate": "measure perplexity and zero-shot tasks",
     "report": "one page and one table from result files",
     "push": "upload an adapter to the Hub, with a model card",
+    "export": "write a model that engines serve, the prompts in its vocabulary",
+    "route": "choose a prompt for each text",
+    "proxy": "an OpenAI-compatible proxy that chooses prompts for an engine",
 }
 _INTERRUPTED = 130  # what shells use for Ctrl-C
 

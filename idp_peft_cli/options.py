@@ -108,3 +108,44 @@ class PushOptions:
     private: bool = _option(False, "Make a new repository private.")
     revision: str | None = _option(None, "Branch (default: the main one).")
     commit_message: str = _option("Upload adapter", "Message of the commit.")
+
+
+@dataclass
+class ExportOptions:
+    """Write a complete model in which every soft prompt token is a token of the vocabulary, for any engine."""
+
+    adapter: str = _required("Adapter: a folder or a Hub id.")
+    output_dir: str = _required("Folder of the exported model; must not exist or be empty.")
+    to_vocab: bool = _option(False, "Export to the vocabulary, the only kind of export there is; must be given.")
+    model: str | None = _option(None, "The adapter's base (default: the one that the adapter names).")
+    keep_tied: bool = _option(
+        False,
+        "Leave tied embeddings tied: smaller, but prompt tokens can then be generated unless the engine is told not to.",
+    )
+
+
+@dataclass
+class RouteOptions:
+    """Choose a prompt for each text, without the rest of the model: JSON lines in, JSON lines out."""
+
+    adapter: str = _required("IDP adapter: a folder or a Hub id; or a folder that export wrote.")
+    model: str | None = _option(None, "The adapter's base (default: the one that the adapter names).")
+    input: str = _option("-", "File of JSON lines, objects or texts ('-': standard input).")
+    output: str = _option("-", "File for the same lines with prompt_id and scores ('-': standard output).")
+    text_column: str = _option("text", "Where the text is in an object.")
+    batch_size: int = _option(8, "Texts at once.")
+
+
+@dataclass
+class ProxyOptions:
+    """Serve an exported model behind an OpenAI-compatible proxy that chooses prompts. Bearer tokens, if any, are read from
+    $IDP_PROXY_API_KEY (what requests must carry) and $IDP_ENGINE_API_KEY (what the engine wants)."""
+
+    model: str = _required("Folder that export wrote.")
+    engine: str = _required("Address of the engine that serves it: http://127.0.0.1:8000.")
+    served_model_name: str | None = _option(None, "Name the engine serves it under (default: --model, as vLLM's).")
+    host: str = _option("127.0.0.1", "Address to listen on.")
+    port: int = _option(8100, "Port to listen on.")
+    max_body_bytes: int = _option(4194304, "Bytes that a request may have.")
+    max_tokens: int | None = _option(None, "Tokens that a text may have (default: the base's positions).")
+    timeout: float = _option(600.0, "Seconds that the engine may be silent.")

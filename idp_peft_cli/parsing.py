@@ -13,6 +13,9 @@ OPTIONS = {
     "evaluate": options.EvaluateOptions,
     "report": options.ReportOptions,
     "push": options.PushOptions,
+    "export": options.ExportOptions,
+    "route": options.RouteOptions,
+    "proxy": options.ProxyOptions,
 }
 
 

@@ -15,7 +15,16 @@ def run(command: str, options, *more) -> None:
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     for package in _PACKAGES:
         logging.getLogger(package).setLevel(logging.INFO)
-    commands = {"compress": _compress, "recover": _recover, "evaluate": _evaluate, "report": _report, "push": _push}
+    commands = {
+        "compress": _compress,
+        "recover": _recover,
+        "evaluate": _evaluate,
+        "report": _report,
+        "push": _push,
+        "export": _export,
+        "route": _route,
+        "proxy": _proxy,
+    }
     commands[command](options, *more)
 
 
@@ -69,6 +78,40 @@ def _push(options) -> None:
         commit_message=options.commit_message,
     )
     print(f"adapter in {commit.repo_url}")
+
+
+def _export(options) -> None:
+    from idp_peft.serving import export_to_vocab
+
+    if not options.to_vocab:
+        raise ValueError("say what to export to: `--to-vocab`")
+    folder = export_to_vocab(options.adapter, options.output_dir, options.model, keep_tied=options.keep_tied)
+    print(f"model in {folder}")
+
+
+def _route(options) -> None:
+    from idp_peft.serving import Router
+    from idp_peft.serving.route_lines import route_lines
+
+    if options.batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {options.batch_size}")
+    router = Router.from_pretrained(options.adapter, options.model)
+    route_lines(router, options.input, options.output, options.text_column, options.batch_size)
+
+
+def _proxy(options) -> None:
+    from idp_peft.serving.run_proxy import run_proxy
+
+    run_proxy(
+        options.model,
+        options.engine,
+        served_model_name=options.served_model_name,
+        host=options.host,
+        port=options.port,
+        max_body_bytes=options.max_body_bytes,
+        max_tokens=options.max_tokens,
+        timeout=options.timeout,
+    )
 
 
 def is_ours(error: BaseException) -> bool:

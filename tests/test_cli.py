@@ -28,7 +28,9 @@ def run(*arguments: str, folder: Path | None = None, server: HubServer | None = 
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
 
 
-@pytest.mark.parametrize("command", [[], ["compress"], ["recover"], ["evaluate"], ["report"], ["push"]])
+@pytest.mark.parametrize(
+    "command", [[], ["compress"], ["recover"], ["evaluate"], ["report"], ["push"], ["export"], ["route"], ["proxy"]]
+)
 def test_help_imports_nothing_heavy(command):
     code = (
         "import sys; from idp_peft_cli import main\n"
@@ -56,7 +58,10 @@ def _seconds(*arguments: str) -> float:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["repair"], "the sub-command must be one of compress, recover, evaluate, report, push; got 'repair'"),
+        (
+            ["repair"],
+            "the sub-command must be one of compress, recover, evaluate, report, push, export, route, proxy; got 'repair'",
+        ),
         (["compress", "--model", "x"], "required: --output_dir"),
         (["compress", "--model", "x", "--output_dir", "y", "--colour", "red"], "--colour"),
         (["evaluate", "--model", "x", "--output", "y", "--limit", "many"], "--limit: invalid int value: 'many'"),

@@ -274,6 +274,15 @@ def test_a_card_that_cannot_be_read_now_is_not_taken_from_an_earlier_push(server
         model.push_to_hub("user/name")
 
 
+def test_all_files_arrive_in_one_commit(server, make):
+    make("llama").push_to_hub("user/name")
+    make("llama", num_virtual_tokens=6).push_to_hub("user/name")
+    first, *pushed = [set(files) for _, files in server.repos["user/name"].commits["main"]]
+    assert not first, "the repository was empty"
+    assert pushed == [{"README.md", "adapter_config.json", "adapter_model.safetensors"}] * 2
+    assert server.requests.count("POST commit") == 2
+
+
 def test_a_push_of_the_same_is_no_second_commit(server, make):
     model = make("llama")
     first = model.push_to_hub("user/name")

@@ -334,6 +334,38 @@ def test_the_figure_draws_any_number_of_prompts(make, prompts, tmp_path):
     assert len(shown) < 25_000
 
 
+@pytest.mark.parametrize("names", ["a long name of a prompt {}", "p{}", None])
+@pytest.mark.parametrize(("prompts", "groups"), [(2, 3), (7, 12), (12, 24), (40, 60)])
+def test_no_label_of_the_figure_lies_on_another(prompts, groups, names):
+    draw, examples = np.random.default_rng(0), 240
+    report = SelectionReport(
+        prompt_ids=draw.integers(0, prompts, examples),
+        num_prompts=prompts,
+        names=None if names is None else [names.format(prompt) for prompt in range(prompts)],
+        scores=draw.normal(size=(examples, prompts)).astype(np.float32),
+        nats=draw.gamma(9, size=(examples, prompts)),
+        tokens=np.full(examples, 9),
+        groups=[f"a group of examples {number % groups}" for number in range(examples)],
+    )
+    figure = report.plot()
+    figure.draw_without_rendering()
+    seen = []
+    for axis in figure.axes:
+        labels = [*axis.get_xticklabels(), *axis.get_yticklabels(), axis.xaxis.label, axis.yaxis.label]
+        low, high = axis.get_window_extent().get_points()
+        boxes = [label.get_window_extent() for label in [*labels, axis.title, axis._left_title] if label.get_text()]
+        # A tick that lies outside of its axis is not drawn.
+        seen += [box for box in boxes if box.width and box.x1 > low[0] - 200 and box.x0 < high[0] + 200]
+    ticks = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert len(set(ticks)) == len(ticks), "names that differ are told apart, even where they are cut"
+    overlapping = [
+        (one, two) for at, one in enumerate(seen) for two in seen[:at] if one.shrunk(0.99, 0.99).overlaps(two)
+    ]
+    assert len(seen) > 4 * 4
+    assert not overlapping
+    assert all(box.x0 >= 0 and box.y0 >= 0 for box in seen), "nothing is cut off"
+
+
 def test_bad_input_is_an_error_that_says_what_to_do(make):
     model, data = make("llama"), rows()
 

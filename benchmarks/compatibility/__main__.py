@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from datetime import date
 from pathlib import Path
@@ -54,6 +55,9 @@ def table(rows: dict[str, dict[str, dict]]) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compatibility")
+    parser.add_argument("--output", type=Path, default=RESULTS / "matrix.json")
+    output = parser.parse_args().output
     logging.set_verbosity_error()
     rows = {}
     for feature in FEATURES:
@@ -62,10 +66,10 @@ def main() -> None:
             verdict, message = judge(feature, contestant(method, tiny_llama(), VOCABULARY))
             rows[feature][method] = {"verdict": verdict, "message": message}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
-    RESULTS.mkdir(exist_ok=True)
+    output.parent.mkdir(exist_ok=True)
     result = {"date": date.today().isoformat(), "versions": versions, "model": "tiny random Llama", "features": rows}
-    (RESULTS / "matrix.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "matrix.md").write_text(table(rows))
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    output.with_suffix(".md").write_text(table(rows))
     print(table(rows))
 
 

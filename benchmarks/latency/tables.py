@@ -60,7 +60,7 @@ def markdown(record: dict, cases) -> str:
     for case, contestants in cases:
         rows = _memory_rows(contestants) if case["part"] == "memory" else _time_rows(contestants)
         turns = len(next(iter(contestants.values())))
-        title = f"batch {case['batch']}, {case['tokens_in']} tokens in, {case['tokens_out']} out, {turns} turns"
+        title = f"{case['part']}: batch {case['batch']}, {case['tokens_in']} tokens in, {case['tokens_out']} out, {turns} turns"
         lines += ["", f"**{title}**", "", *rows]
     return "\n".join(lines) + "\n"
 

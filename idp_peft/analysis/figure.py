@@ -10,6 +10,7 @@ try:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 except ImportError as error:
     raise ImportError("the report's figure needs matplotlib: pip install 'idp-peft[analysis]'") from error
 
@@ -18,7 +19,7 @@ from idp_peft.report.drawing import STYLE
 _BLUE, _ORANGE = "#0072B2", "#E69F00"  # Okabe and Ito's, which every eye tells apart
 _FEW = 12  # prompts that are labelled one by one
 _GROUPS = 24  # groups that are drawn
-_NAME, _LINE = 14, 44  # characters of a name beside an axis, and of all names below one
+_NAME, _LINE = 14, 40  # characters of a name beside an axis, and of all names below one
 _WIDTH, _HEIGHT = 4.8, 3.3  # inches of a panel
 
 
@@ -47,11 +48,12 @@ def draw(report) -> ReportFigure:
         panels.append(_groups)
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    height = _HEIGHT + (1 if _names_stand_upright(report) else 0)
+    heights = [_HEIGHT + (1 if _names_stand_upright(report) else 0)] * rows
+    heights[-1] += 0 if report.groups is None else 0.1 * max(0, min(_GROUPS, len(report.group_names)) - _FEW)
     with matplotlib.rc_context(STYLE):
-        figure = ReportFigure(figsize=(_WIDTH * columns, height * rows))
+        figure = ReportFigure(figsize=(_WIDTH * columns, sum(heights)))
         FigureCanvasAgg(figure)
-        grid = figure.add_gridspec(rows, columns)
+        grid = figure.add_gridspec(rows, columns, height_ratios=heights)
         for index, panel in enumerate(panels):
             last_and_alone = index == len(panels) - 1 and index % columns == 0 and index > 0
             panel(
@@ -116,8 +118,8 @@ def _groups(axis, report) -> None:
     information, shuffled = report.group_information, report.chance_group_information
     more = len(report.group_names) - len(names)
     axis.set_title(
-        f"Chosen by group, % of its examples{f' ({more} more groups)' if more else ''}\n"
-        f"({information:.2f} nats of information, {shuffled:.2f} if shuffled)", loc="left", fontsize=11,
+        f"Chosen by group, {f'% ({more} more groups)' if more else '% of its examples'}\n"
+        f"({information:.2f} nats of information, {shuffled:.2f} if shuffled)", loc="left", fontsize=11, pad=9,
     )  # fmt: skip
     _prompt_ticks(axis.xaxis, report)
 
@@ -130,7 +132,7 @@ def _heat_map(axis, table: np.ndarray, top: float) -> None:
             colour = "white" if value > 0.55 * top else "black"
             axis.text(j, i, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=9)
     else:
-        axis.figure.colorbar(picture, ax=axis)
+        axis.figure.colorbar(picture, ax=axis, ticks=MaxNLocator(nbins=6, integer=True))
     axis.spines[["top", "right"]].set_visible(True)
 
 
@@ -152,4 +154,6 @@ def _names_stand_upright(report) -> bool:
 
 
 def _cut(text: str, room: int = _NAME) -> str:
-    return text if len(text) <= room else f"{text[: room - 1]}…"
+    """A long name without its middle: names that begin alike mostly differ at their end."""
+    end = (room - 1) // 3
+    return text if len(text) <= room else f"{text[: room - 1 - end]}…{text[len(text) - end :]}"

@@ -1,0 +1,19 @@
+"""Serving an adapter with engines that know nothing of it: a thin layer over the core."""
+
+import importlib
+
+# name -> the module that holds it: imported when first used, so that a router needs no web framework.
+_ON_USE = {
+    "export_to_vocab": "export",
+    "ExportedModel": "exported",
+    "Router": "router",
+    "VllmPrompts": "vllm_prompts",
+    "proxy_app": "proxy",
+}
+__all__ = [*_ON_USE]
+
+
+def __getattr__(name: str):
+    if name not in _ON_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_ON_USE[name]}"), name)

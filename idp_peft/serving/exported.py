@@ -1,0 +1,95 @@
+"""What an exported model says of its prompts, for whoever puts them in front of a request."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+FILE = "idp_prompts.json"
+ADAPTER = "idp_adapter"  # not in the model's own folder: transformers would load it there
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """An exported model folder.
+
+    Args:
+        folder (`Path`): the folder.
+        token_ids (`list[list[int]]`): the token ids of each prompt.
+        tokens (`list[list[str]]`): their names.
+        never_generated (`list[int]`): token ids that must not come out of the model.
+        vocab_size (`int`): rows of the base's table: ids from there on are new.
+        tied (`bool`): whether a prompt token's output row is the prompt's own vector, so that it could be generated.
+        names (`list[str]`, *optional*): the prompts' names.
+    """
+
+    folder: Path
+    token_ids: list[list[int]]
+    tokens: list[list[str]]
+    never_generated: list[int]
+    vocab_size: int
+    tied: bool
+    names: list[str] | None = None
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter that was exported, as it was."""
+        return self.folder / ADAPTER
+
+    @property
+    def logit_bias(self) -> dict[str, float]:
+        """What a request can say, in OpenAI's words, so that sampling never picks a new token."""
+        return {str(token): -100.0 for token in self.never_generated}
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> ExportedModel:
+        """Read an exported folder's `idp_prompts.json`.
+
+        Raises:
+            `ValueError`: where there is none.
+        """
+        file = Path(folder).expanduser() / FILE
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            prompts = content["prompts"]
+            names = [prompt["name"] for prompt in prompts]
+            return cls(
+                Path(folder).expanduser(),
+                [prompt["token_ids"] for prompt in prompts],
+                [prompt["tokens"] for prompt in prompts],
+                list(range(*content["never_generated"])),
+                content["vocab_size"],
+                content["tied"],
+                None if None in names else names,
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{folder} is no model that `idp-peft export --to-vocab` wrote: its {FILE} cannot be read ({error})"
+            ) from error
+
+
+def is_exported(folder: str | Path) -> bool:
+    return (Path(folder).expanduser() / FILE).is_file()
+
+
+def describe(vocabulary, tied: bool) -> str:
+    """The text of `idp_prompts.json`.
+
+    Args:
+        vocabulary (`PromptVocabulary`): what was added.
+        tied (`bool`): whether the output head is the embedding table.
+    """
+    names = vocabulary.prompt_names or [None] * len(vocabulary.lengths)
+    prompts = [
+        {"name": name, "token_ids": vocabulary.token_ids(prompt), "tokens": vocabulary.tokens(prompt)}
+        for prompt, name in enumerate(names)
+    ]
+    new = vocabulary.never_generated
+    content = {
+        "vocab_size": vocabulary.vocab_size,
+        "tied": tied,
+        "never_generated": [new[0], new[-1] + 1],  # from, to
+        "prompts": prompts,
+    }
+    return json.dumps(content, indent=1) + "\n"

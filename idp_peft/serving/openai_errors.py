@@ -1,0 +1,25 @@
+"""Errors in the shape that OpenAI's clients read."""
+
+from __future__ import annotations
+
+_TYPES = {401: "authentication_error", 404: "not_found_error", 502: "bad_gateway", 504: "gateway_timeout"}
+
+
+class RequestError(Exception):
+    """A request that is answered with an error.
+
+    Args:
+        status (`int`): HTTP status.
+        message (`str`): what is wrong and what to do.
+        param (`str`, *optional*): the field of the body that it is about.
+        code (`str`, *optional*): OpenAI's code, such as `"model_not_found"`.
+    """
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    @property
+    def body(self) -> dict:
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}

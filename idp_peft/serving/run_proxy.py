@@ -1,0 +1,72 @@
+"""The proxy as a process."""
+
+from __future__ import annotations
+
+import logging
+import os
+from urllib.parse import urlsplit
+
+from idp_peft.serving.exported import ExportedModel
+from idp_peft.serving.prompted_request import RequestPrompter
+from idp_peft.serving.router import Router
+
+logger = logging.getLogger(__name__)
+
+API_KEY, ENGINE_API_KEY = "IDP_PROXY_API_KEY", "IDP_ENGINE_API_KEY"
+
+
+def run_proxy(
+    model: str,
+    engine: str,
+    *,
+    served_model_name: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8100,
+    max_body_bytes: int = 4 * 2**20,
+    max_tokens: int | None = None,
+    timeout: float = 600.0,
+) -> None:
+    """Serve until interrupted. Bearer tokens come from `$IDP_PROXY_API_KEY` (what requests must carry) and
+    `$IDP_ENGINE_API_KEY` (what the engine wants), so that they stand in no process list.
+
+    Args:
+        model (`str`): a folder that `idp-peft export` wrote.
+        engine (`str`): address of the engine that serves it.
+        served_model_name (`str`, *optional*, defaults to `model`): the name the engine serves it under.
+        host (`str`, defaults to `"127.0.0.1"`): where to listen.
+        port (`int`, defaults to `8100`): of it.
+        max_body_bytes (`int`, defaults to 4 MiB): of a request.
+        max_tokens (`int`, *optional*): of a text; see [`RequestPrompter`].
+        timeout (`float`, defaults to `600`): seconds that the engine may be silent.
+
+    Raises:
+        `ValueError`: for a folder or an address that is none.
+        `ImportError`: where starlette or uvicorn are missing.
+    """
+    address = urlsplit(engine)
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise ValueError(f"`engine` must be an address like http://127.0.0.1:8000, got {engine!r}")
+    if not 0 < port < 2**16:
+        raise ValueError(f"`port` must be between 1 and {2**16 - 1}, got {port}")
+    for name, value in (("max_body_bytes", max_body_bytes), ("max_tokens", max_tokens), ("timeout", timeout)):
+        if value is not None and value <= 0:
+            raise ValueError(f"`{name}` must be positive, got {value}")
+    try:
+        import uvicorn
+
+        from idp_peft.serving.proxy import ProxySettings, proxy_app
+    except ImportError as error:
+        raise ImportError('the proxy needs a web framework: pip install "idp-peft[serving]"') from error
+    exported = ExportedModel.from_folder(model)
+    settings = ProxySettings(
+        engine.rstrip("/"),
+        served_model_name or model,
+        os.environ.get(API_KEY) or None,
+        os.environ.get(ENGINE_API_KEY) or None,
+        max_body_bytes,
+        timeout,
+    )
+    app = proxy_app(RequestPrompter(Router.from_pretrained(model), exported, max_tokens), settings)
+    if settings.api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
+        logger.warning("listening on %s without a bearer token: set $%s to ask for one", host, API_KEY)
+    uvicorn.run(app, host=host, port=port, log_level="info", server_header=False)
