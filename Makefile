@@ -17,7 +17,7 @@ COMPRESSION_ENV := $(VENV)-compression/.test-ready
 COMPRESSION_PY := $(VENV)-compression/bin/python
 endif
 
-.PHONY: demo test test-oldest test-compression test-serving lint
+.PHONY: demo test test-oldest test-compression test-serving test-distributed lint
 
 # The two MALLOC settings spare page faults while training.
 demo: $(COMPRESSION_ENV)
@@ -26,11 +26,11 @@ demo: $(COMPRESSION_ENV)
 
 test: $(TEST_ENV)
 	$(PY) -m ruff check .
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 --dist loadgroup
 
 # The oldest versions that pyproject.toml admits.
 test-oldest: $(VENV)-oldest/.test-ready
-	$(VENV)-oldest/bin/python -m pytest -n 2
+	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadgroup
 
 # GPTQ and SparseGPT: llm-compressor wants a range of transformers versions of its own.
 test-compression: $(COMPRESSION_ENV)
@@ -40,6 +40,10 @@ test-compression: $(COMPRESSION_ENV)
 # Against a real vLLM, some minutes on one core: it pins its own torch and transformers.
 test-serving: $(VENV)-serving/.test-ready
 	$(VENV)-serving/bin/python -m pytest tests/serving
+
+# Two gloo processes in every way of sharding; ZeRO-3 too where DeepSpeed is installed (`pip install deepspeed`).
+test-distributed: $(TEST_ENV)
+	$(PY) -m pytest tests/test_distributed.py tests/slow/test_distributed_matrix.py
 
 lint: $(TEST_ENV)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

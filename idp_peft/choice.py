@@ -16,6 +16,7 @@ from idp_peft.selection import (
     deal_evenly,
     scores_from_attention,
 )
+from idp_peft.sharding import place_in_batch
 
 
 def prompts_for(layer, kwargs: dict, real: torch.Tensor, rotary_length: int | None) -> torch.Tensor:
@@ -79,7 +80,8 @@ def _assign_or_select(call: calls.Call, inputs: dict, real: torch.Tensor, rotary
     config = layer.active_config
     if layer.training and not call.generating:
         if config.assignment == "uniform":
-            return Selection(deal_evenly(len(real) if rows is None else len(rows), config.num_prompts))
+            dealt = len(real) if rows is None else len(rows)
+            return Selection(deal_evenly(dealt, config.num_prompts, *place_in_batch()))
         if config.assignment == "all":
             raise ValueError(
                 "assignment='all' works through the model's own forward with `labels`, not by calling its decoder, and "

@@ -10,6 +10,8 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from idp_peft.sharding import gathers, whole_shape
+
 _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _POSITION_TABLES = ("wpe", "embed_positions")
 _CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument, and takes the old name too
@@ -78,6 +80,12 @@ def find_blocks(decoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
 def find_attention(block: nn.Module) -> str | None:
     """Name of a layer's self-attention module."""
     return next((name for name in _ATTENTION_NAMES if isinstance(getattr(block, name, None), nn.Module)), None)
+
+
+def gathers_layers(decoder: nn.Module) -> bool:
+    """Whether what makes a layer's keys and values is gathered over processes for that layer alone (FSDP2)."""
+    blocks = find_blocks(decoder)[1]
+    return any(gathers(part) for block in blocks for part in (block, getattr(block, find_attention(block))))
 
 
 @cache
@@ -207,7 +215,7 @@ def embedding_dtype(embeddings: nn.Module, decoder: nn.Module) -> torch.dtype:
 
 def embedding_width(embeddings: nn.Module) -> int:
     """d, the width of the decoder's input embeddings (of a quantised table: what it says of itself)."""
-    return embeddings.weight.shape[-1] if embeddings.weight.is_floating_point() else embeddings.embedding_dim
+    return whole_shape(embeddings.weight)[-1] if embeddings.weight.is_floating_point() else embeddings.embedding_dim
 
 
 def by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:

@@ -18,6 +18,7 @@ from idp_peft.decoder import (
     distances_from_slots,
     find_blocks,
     forward_parameters,
+    gathers_layers,
     given_cache,
     has_alibi,
     has_changing_rotary,
@@ -30,6 +31,7 @@ from idp_peft.input_checks import (
     checked_inputs,
     checked_mask,
     refuse_cache_under_checkpointing,
+    refuse_lengths_by_layer,
     refuse_packed,
     refuse_without_own_generate,
 )
@@ -37,6 +39,7 @@ from idp_peft.prompt_cache import check_finite
 from idp_peft.prompt_ids import CHOOSES, check_prompt_ids
 from idp_peft.prompted_cache import PromptPart, adopt, decoder_view, is_prompted
 from idp_peft.selection import Selection
+from idp_peft.sharding import unwrapped
 
 
 @dataclass
@@ -181,11 +184,16 @@ class DecoderCall:
         checkpointing = _is_checkpointing(decoder)
         returns_cache = _returns_cache(decoder, kwargs)
         padding_first = self._padding_must_stand_first(decoder, mask, tokens, returns_cache)
-        concatenate = checkpointing or padding_first
+        by_layer = gathers_layers(decoder)
+        # Behind a layer whose weights are dropped, nothing asks for them again to pass on the gradient of keys and values
+        # that left it in a cache: the prompt must go through with its input.
+        concatenate = checkpointing or padding_first or (by_layer and layer.trains)
 
         length = None
         if has_changing_rotary(decoder):
             length = rotary_length(decoder, bank.max_length + (tokens if mask is None else int(real.sum(-1).max())))
+        if by_layer and not layer.trains:
+            layer.prompt_cache()  # every process must gather the layers for it, those too whose rows will not read it
         part = self._part(prompts_for(layer, kwargs, real, length).to(real.device))
         if not part.positions and cache is None and not returns_cache:
             return  # the base model, exactly
@@ -213,6 +221,7 @@ class DecoderCall:
         inputs = checked_inputs(kwargs)
         batch, tokens = inputs.shape[:2]
         refuse_without_own_generate(self.layer, kwargs)
+        refuse_lengths_by_layer(decoder)
         mask = checked_mask(kwargs, batch, tokens, "the input")
         real = torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device) if mask is None else mask.bool()
         refuse_packed(kwargs, real)
@@ -291,7 +300,9 @@ def _is_checkpointing(decoder: nn.Module) -> bool:
     if not decoder.training:
         return False
     modules = (decoder, *find_blocks(decoder)[1])
-    return any(getattr(module, "gradient_checkpointing", False) for module in modules)
+    return any(
+        getattr(module, "gradient_checkpointing", False) or unwrapped(module) is not module for module in modules
+    )
 
 
 def _mask_with_prompt(decoder, cache, part: PromptPart, mask, batch: int, total: int) -> torch.Tensor | None:

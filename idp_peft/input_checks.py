@@ -9,7 +9,7 @@ from torch import nn
 from transformers import StaticCache
 
 from idp_peft import call as calls
-from idp_peft.decoder import given_cache, position_limit
+from idp_peft.decoder import gathers_layers, given_cache, has_changing_rotary, position_limit
 from idp_peft.host_loop import packs_rows
 from idp_peft.prompted_cache import is_prompted
 
@@ -63,6 +63,16 @@ def refuse_cache_under_checkpointing() -> None:
         "a model in training mode with gradient checkpointing drops the cache: call `model.eval()` before "
         "`generate`, or pass `use_cache=False`"
     )
+
+
+def refuse_lengths_by_layer(decoder: nn.Module) -> None:
+    """Raise for rotary frequencies that depend on the length where layers are gathered over processes one by one: a
+    process with longer rows would compute a prompt cache that the others do not, and wait for them for ever."""
+    if has_changing_rotary(decoder) and gathers_layers(decoder):
+        raise ValueError(
+            "IDP cannot run a model whose rotary frequencies depend on the length (`rope_type` 'dynamic' or 'longrope') under "
+            "FSDP2 with layers of their own: wrap the model as a whole (`fsdp_auto_wrap_policy: NO_WRAP`), or use DDP"
+        )
 
 
 def check_room(decoder: nn.Module, tokens: int, positions: int, real: torch.Tensor | None = None) -> None:

@@ -41,7 +41,8 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         self.idp_remembered: dict[str, RememberedCache] = {}
         self.idp_config: dict[str, IDPConfig] = {}
         self._base = (model, decoder)  # in a tuple: as attributes they would become children of their own child
-        self._trainable_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # Names: the parameters themselves would keep a whole model alive behind one that was sharded since.
+        self._trainable_before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._last_selection: Selection | None = None
         self._identity = uuid.uuid4().hex
         model_call, decoder_call = ModelCall(self), DecoderCall(self)
@@ -118,8 +119,10 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         for handle in self._handles:
             handle.remove()
         del self.decoder._modules["idp"]
-        for parameter in self._trainable_before:
-            parameter.requires_grad_(True)
+        parameters = dict(self.model.named_parameters())
+        for name in self._trainable_before:
+            if name in parameters:
+                parameters[name].requires_grad_(True)
 
     @property
     def active_bank(self) -> PromptBank:

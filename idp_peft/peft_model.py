@@ -8,6 +8,8 @@ from types import FrameType
 
 from peft import PeftModel, PeftModelForCausalLM
 
+from idp_peft.sharding import is_spread
+
 
 class KnowsItsCard:
     """What PEFT writes and pushes for any adapter, right for an IDP one.
@@ -23,6 +25,19 @@ class KnowsItsCard:
     def model_tags(self) -> list[str]:
         """The base's tags and `"idp"`, `"soft-prompt"`: what trainers put on the cards they write. The base keeps its own."""
         return [*(getattr(self.get_base_model(), "model_tags", None) or []), "idp", "soft-prompt"]
+
+    def save_pretrained(self, save_directory: str, *args, **kwargs) -> None:
+        """PEFT's own, which under FSDP2 and ZeRO-3 has only a part of the prompts to save.
+
+        Raises:
+            `ValueError`: where that is so, and no whole `state_dict` is given.
+        """
+        if kwargs.get("state_dict") is None and is_spread(self):
+            raise ValueError(
+                "this process holds only a part of the prompts: call `state_dict = accelerator.get_state_dict(model)` on "
+                "every process, then `save_pretrained(..., state_dict=state_dict)` on the main one"
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def create_or_update_model_card(self, output_dir: str, results=None) -> None:
         """Write README.md into a folder, or renew our part of the one that is there.

@@ -29,6 +29,7 @@ from idp_peft.decoder import (
 )
 from idp_peft.prompt_cache import PromptCache
 from idp_peft.selection import AttentionLayer, BlockMask, attention_on_prompts, sum_by_prompt
+from idp_peft.sharding import gather_around, plain_class, unwrapped
 
 _IMPLEMENTATION = "idp_probe"
 _HOOK_TABLES = (
@@ -156,20 +157,23 @@ def _copy_decoder(decoder: nn.Module, layer: int, implementation: str) -> nn.Mod
     probe.config = config
     for key, child in probe._modules.items():
         if isinstance(child, nn.Embedding):  # its hooks stay: they may fetch its weights; noise is for training
-            probe._modules[key] = copy.copy(child)
+            probe._modules[key] = _shallow_copy(child)
             probe._modules[key].training = False
     probe._modules[name] = nn.ModuleList([_copy_block(block, config) for block in blocks[: layer + 1]])
     return probe
 
 
-def _copy_block(block: nn.Module, config) -> nn.Module:
+def _copy_block(owner: nn.Module, config) -> nn.Module:
+    block = unwrapped(owner)
     name = find_attention(block)
     attention = _bare_copy(getattr(block, name))
+    gather_around(attention, getattr(block, name))
     attention.config = config
     if not uses_interface(type(attention)):
         attention.forward = _EagerProbe(attention)
     copied = _bare_copy(block)
     copied._modules[name] = attention
+    gather_around(copied, owner)
     return copied
 
 
@@ -196,12 +200,20 @@ class _EagerProbe:
 
 def _bare_copy(module: nn.Module) -> nn.Module:
     """A shallow copy in evaluation mode that shares weights and children, without hooks or dropout of its own."""
-    copied = copy.copy(module)
+    copied = _shallow_copy(module)
     copied._modules = {k: nn.Identity() if isinstance(v, nn.Dropout) else v for k, v in module._modules.items()}
     for table in _HOOK_TABLES:
         setattr(copied, table, OrderedDict())
     copied.__dict__.pop("forward", None)  # accelerate binds a device-moving forward to the original
     copied.training = False
+    return copied
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    """`copy.copy`, also of a module that FSDP2 shards, without the class it is given there, which answers for gathering.
+    Weights that are gathered later show in the copy as well: both hold the same dict of them."""
+    copied = object.__new__(plain_class(module))
+    copied.__dict__.update(module.__dict__)
     return copied
 
 

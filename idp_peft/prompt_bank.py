@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from peft.utils.integrations import gather_params_ctx
 from torch import nn
 
 from idp_peft.config import IDPConfig
+from idp_peft.sharding import is_sharded, whole_shape
 
 
 class PromptBank(nn.Embedding):
@@ -34,9 +36,11 @@ class PromptBank(nn.Embedding):
     def tokens(self) -> torch.Tensor:
         """All soft prompt tokens, float `[sum_i k_i, d]`.
 
-        Goes through the module's forward, never through `weight`, so that sharded parameters (ZeRO-3, FSDP) are
-        gathered.
+        Goes through the module's forward, so that sharded parameters (ZeRO-3) are gathered; FSDP2 has gathered them where
+        the model's own forward runs, and outside of it every process must ask for them.
         """
+        if is_sharded(self.weight):
+            return self.weight.full_tensor()
         # The index stays on the CPU while an offloaded weight waits on the meta device.
         device = None if self.weight.is_meta else self.weight.device
         return self(torch.arange(self.num_embeddings, device=device))
@@ -78,15 +82,18 @@ def initial_tokens(config: IDPConfig, embeddings: nn.Module, texts: list[list[in
             itself is in the result.
         texts (`list[list[int]]`, *optional*): token ids of each `init_text`.
     """
-    device, vocabulary = embeddings.weight.device, embeddings.weight.shape[0]
+    device, vocabulary = embeddings.weight.device, whole_shape(embeddings.weight)[0]
     lengths = config.prompt_lengths
     total = sum(lengths)
     if config.init == "text":
-        ids = [ids[j % len(ids)] for ids, length in zip(texts, lengths, strict=True) for j in range(length)]
-        return embeddings(torch.tensor(ids, device=device)).float()
-    # Distinct tokens while the vocabulary lasts; the CPU generator makes a seed mean the same on every device.
-    ids = torch.cat([torch.randperm(vocabulary) for _ in range(-(-total // vocabulary))])[:total]
-    tokens = embeddings(ids.to(device)).float()  # [sum_i k_i, d]
+        ids = torch.tensor(
+            [ids[j % len(ids)] for ids, length in zip(texts, lengths, strict=True) for j in range(length)]
+        )
+    else:
+        # Distinct tokens while the vocabulary lasts; the CPU generator makes a seed mean the same on every device.
+        ids = torch.cat([torch.randperm(vocabulary) for _ in range(-(-total // vocabulary))])[:total]
+    with gather_params_ctx(embeddings.weight, modifier_rank=None):  # under ZeRO-3
+        tokens = embeddings(ids.to(device)).float()  # [sum_i k_i, d]
     if config.init == "random":
         root_mean_square = tokens.pow(2).mean().sqrt()
         tokens = torch.randn(tokens.shape).to(device) * root_mean_square

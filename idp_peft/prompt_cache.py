@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from idp_peft.decoder import cache_name, forward_parameters
 from idp_peft.prompt_bank import PromptBank
+from idp_peft.sharding import gathers
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,11 @@ def compute_prompt_cache(
         index = torch.cat([index, index[:, -1:]], dim=1)
         positions = nn.functional.pad(positions, (0, 1), value=rotary_length - 1)
     cache = DynamicCache()
-    decoder(
+    run = decoder
+    if gathers(decoder):  # its own hooks would drop, behind this run, what the forward around it has gathered
+        decoder.unshard()
+        run = decoder.forward
+    run(
         inputs_embeds=tokens.to(dtype)[index],  # [m, K (+ 1), d]
         use_cache=True,
         **{cache_name(type(decoder)): cache},

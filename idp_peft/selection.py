@@ -171,11 +171,21 @@ def scores_from_attention(
     return scores
 
 
-def deal_evenly(batch: int, num_prompts: int) -> torch.Tensor:
+def deal_evenly(batch: int, num_prompts: int, rank: int = 0, processes: int = 1) -> torch.Tensor:
     """`assignment="uniform"`: a shuffled deal of the prompts over a batch, int64 `[batch]`; counts differ by one at
-    most. Drawn from torch's global CPU generator, which `Trainer` saves and restores with its checkpoints."""
-    deals = -(-batch // num_prompts)
-    return torch.cat([torch.randperm(num_prompts) for _ in range(deals)])[:batch] if batch else torch.zeros(0).long()
+    most. Drawn from torch's global CPU generator, which `Trainer` saves and restores with its checkpoints.
+
+    Several processes draw the same deal for the whole batch, since trainers seed them alike, and each takes its part: what
+    one process with the whole batch would deal. Drawn for each part alone, all parts would get the same few prompts.
+
+    Args:
+        batch (`int`): rows of this process.
+        rank (`int`), processes (`int`): which part of the whole batch they are.
+    """
+    deals = -(-batch * processes // num_prompts)
+    if not batch:
+        return torch.zeros(0).long()
+    return torch.cat([torch.randperm(num_prompts) for _ in range(deals)])[rank * batch : (rank + 1) * batch]
 
 
 def context_tokens(

@@ -41,6 +41,16 @@ def test_uniform_assignment_deals_prompts_evenly(batch):
     assert batch < 3 or len({tuple(deal_evenly(batch, 4).tolist()) for _ in range(20)}) > 1, "the deal must be shuffled"
 
 
+@pytest.mark.parametrize(("batch", "processes"), [(1, 4), (3, 2), (4, 2), (5, 3)])
+def test_processes_with_one_seed_deal_what_one_process_deals_over_the_whole_batch(batch, processes):
+    def deal(*arguments):
+        torch.manual_seed(3)
+        return deal_evenly(*arguments).tolist()
+
+    parts = [deal(batch, 4, rank, processes) for rank in range(processes)]
+    assert [prompt for part in parts for prompt in part] == deal(batch * processes, 4)
+
+
 def test_sum_favours_long_prompts_and_mean_does_not():
     on_prompts = torch.tensor([[[0.2, 0.3]]])  # one token, two prompts of 2 and 6 tokens
     context = torch.ones(1, 1).bool()

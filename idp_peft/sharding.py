@@ -1,0 +1,75 @@
+"""Weights that FSDP2 or ZeRO-3 spread over processes, and which part of a batch this process has.
+
+FSDP2 gathers a module's weights in hooks on that module and drops them again behind it. Whatever IDP runs besides the
+model's own forward must see to that itself, and must do it on every process or on none: a gathering waits for all.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a part of one that is spread over processes (a `DTensor`)."""
+    module = sys.modules.get("torch.distributed.tensor")  # nobody has made one where that was never imported
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def whole_shape(weight: torch.Tensor) -> torch.Size:
+    """The shape of a weight, of one that ZeRO-3 spread over processes the one it has when gathered."""
+    return getattr(weight, "ds_shape", weight.shape)
+
+
+def gathers(module: nn.Module) -> bool:
+    """Whether a module's weights are gathered when it is run, and dropped behind it (`fully_shard`)."""
+    return bool(_units(module))
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether any process holds only a part of a model: under FSDP2, or ZeRO-3."""
+    return any(gathers(module) for module in model.modules()) or any(
+        weight.shape != whole_shape(weight) for weight in model.parameters()
+    )
+
+
+def unwrapped(layer: nn.Module) -> nn.Module:
+    """A layer without torch's wrapper for activation checkpointing, which FSDP puts around it when asked to."""
+    return getattr(layer, "_checkpoint_wrapped_module", layer)
+
+
+def _units(module: nn.Module) -> list[nn.Module]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return []
+    return [one for one in dict.fromkeys((module, unwrapped(module))) if isinstance(one, fsdp.FSDPModule)]
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class, of one that FSDP2 shards the one it had before: that stands behind `FSDPModule` in the new one."""
+    return type(module).__mro__[2] if module in _units(module) else type(module)
+
+
+def gather_around(runs: nn.Module, owner: nn.Module) -> None:
+    """Have `owner`'s weights gathered while `runs`, a copy that shares them, is run; also where that ends in an error."""
+    for unit in _units(owner):
+        runs.register_forward_pre_hook(lambda *_, unit=unit: unit.unshard())
+        runs.register_forward_hook(lambda *_, unit=unit: unit.reshard(), always_call=True)
+
+
+def place_in_batch() -> tuple[int, int]:
+    """`(rank, processes)` among those that work on different examples of the same step; `(0, 1)` in a single process.
+
+    Processes that share an example (tensor or context parallel) have the same rank.
+    """
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return 0, 1
+    share = 1
+    accelerate = sys.modules.get("accelerate.state")
+    state = accelerate.AcceleratorState._shared_state if accelerate is not None else {}
+    if state.get("parallelism_config") is not None:
+        share = state["parallelism_config"].non_data_parallel_size
+    return distributed.get_rank() // share, distributed.get_world_size() // share
