@@ -169,7 +169,9 @@ def save(accelerator, model, inner, folder: Path) -> dict:
             inner.save_pretrained(folder / "in_parts")
         except ValueError as error:
             refused = str(error)
-    return {"forwards_while_saving": calls.count, "refused": refused}
+    with torch.no_grad():
+        tokens = bank_of(inner).tokens()
+    return {"forwards_while_saving": calls.count, "refused": refused, "prompts": tokens.tolist()}
 
 
 def gradients(accelerator, model, inner) -> dict:

@@ -101,6 +101,13 @@ def test_saving_runs_nothing_of_the_model(runs, way, job):
     assert [seen["forwards_while_saving"] for seen in runs.two(way)[job]] == [0, 0]
 
 
+@pytest.mark.parametrize(("way", "job"), LOOPS)
+def test_every_process_can_read_the_whole_bank_outside_of_a_forward(runs, way, job):
+    saved = prompts_in(runs.folder / way / job)
+    for seen in runs.two(way)[job]:
+        assert torch.equal(torch.tensor(seen["prompts"]), saved)
+
+
 def test_a_part_of_the_prompts_is_not_saved(runs):
     for seen in runs.two("fsdp2")["selected"]:
         assert "call `state_dict = accelerator.get_state_dict(model)` on every process" in seen["refused"]
