@@ -77,6 +77,26 @@ def _sharing_weights(base):
     return copy.deepcopy(base, kept)
 
 
+def parse_with_common(parser, arguments: list[str] | None, results: Path, repetitions: int):
+    """Parse a command line with what benchmarks have in common: `--base`, `--label`, `--repetitions`, `--seconds`, `--output`.
+
+    Args:
+        results (`Path`): the folder of the default output.
+        repetitions (`int`): the default.
+    """
+    parser.add_argument("--base", default="default", help="folder, hub id, 'default' or 'random-1b'")
+    parser.add_argument("--label", help="name of the base in tables and of the result files (default: --base)")
+    parser.add_argument("--repetitions", type=int, default=repetitions, help="turns of each, after one to warm up")
+    parser.add_argument(
+        "--seconds", type=float, default=240, help="no further turn of a case after these; two at least"
+    )
+    parser.add_argument("--output", type=Path, help="default: results/<label>.json beside this file")
+    options = parser.parse_args(arguments)
+    options.label = options.label or Path(options.base).name
+    options.output = options.output or results / f"{options.label}.json"
+    return options
+
+
 class PeakMemory:
     """The most memory, in bytes, that this process (or the GPU) has held since this was made."""
 

@@ -265,9 +265,9 @@ def test_the_part_goes_below_the_first_heading_and_never_into_a_block_of_code(tm
 
 def test_a_path_that_others_gave_as_the_base_goes_and_a_hub_id_stays(tmp_path):
     file = tmp_path / "README.md"
-    for given, kept in (("/work/small", None), ("user/small-gptq", "user/small-gptq")):
+    for given, kept in (("/models/small", None), ("user/small-gptq", "user/small-gptq")):
         file.write_text(f"---\nbase_model: {given}\nlibrary_name: transformers\ntags: nice\n---\n")
-        write_card(file, facts(base=Base("/work/small")))
+        write_card(file, facts(base=Base("/models/small")))
         assert read(file).get("base_model") == kept
         assert read(file)["tags"] == ["nice", "idp", "soft-prompt"]
 

@@ -15,9 +15,9 @@ PARTS = ("requests", "prompts", "lengths", "compiled", "memory")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    from benchmarks.contestants import parse_with_common
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.latency", description=__doc__)
-    parser.add_argument("--base", default="default", help="folder, hub id, 'default' or 'random-1b'")
-    parser.add_argument("--label", help="name of the base in tables and of the result files (default: --base)")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--inputs", nargs="+", type=int, default=[32, 128, 512], help="tokens in")
@@ -26,15 +26,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=int, default=[8, 32, 128], help="k of part 'lengths'")
     parser.add_argument("--num-prompts", type=int, default=4)
     parser.add_argument("--num-virtual-tokens", type=int, default=32)
-    parser.add_argument("--repetitions", type=int, default=9, help="turns of each contestant, after one to warm up")
-    parser.add_argument(
-        "--seconds", type=float, default=240, help="no further turn of a case after these; two at least"
-    )
-    parser.add_argument("--output", type=Path, help="default: results/<label>.json beside this file")
-    options = parser.parse_args(arguments)
-    options.label = options.label or Path(options.base).name
-    options.output = options.output or RESULTS / f"{options.label}.json"
-    return options
+    return parse_with_common(parser, arguments, RESULTS, repetitions=9)
 
 
 def cases(options: argparse.Namespace) -> list[dict]:

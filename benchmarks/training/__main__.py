@@ -20,21 +20,13 @@ SHAPE = {"batch": 8, "tokens": 128, "num_prompts": 4, "num_virtual_tokens": 100}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    from benchmarks.contestants import parse_with_common
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
-    parser.add_argument("--base", default="default", help="folder, hub id, 'default' or 'random-1b'")
-    parser.add_argument("--label", help="name of the base in tables and of the result files (default: --base)")
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8], help="sweep of the batch size")
     parser.add_argument("--lengths", nargs="*", type=int, default=[10, 32, 100], help="sweep of k")
     parser.add_argument("--banks", nargs="*", type=int, default=[1, 4, 16], help="sweep of M")
-    parser.add_argument("--repetitions", type=int, default=5, help="turns of each contestant, after one to warm up")
-    parser.add_argument(
-        "--seconds", type=float, default=240, help="no further turn of a case after these; two at least"
-    )
-    parser.add_argument("--output", type=Path, help="default: results/<label>.json beside this file")
-    options = parser.parse_args(arguments)
-    options.label = options.label or Path(options.base).name
-    options.output = options.output or RESULTS / f"{options.label}.json"
-    return options
+    return parse_with_common(parser, arguments, RESULTS, repetitions=5)
 
 
 def cases(options: argparse.Namespace) -> list[dict]:
