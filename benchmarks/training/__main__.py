@@ -99,9 +99,9 @@ def measure(options: argparse.Namespace, record) -> None:
         running = {name: Training(base, case, settings) for name, settings in names.items()}
         for training in running.values():
             training.step()
-        began = now()
+        case_began = now()
         for repetition in tqdm(missing, desc=", ".join(f"{name} {value}" for name, value in case.items())):
-            if repetition >= 2 and now() - began > options.seconds:
+            if repetition >= 2 and now() - case_began > options.seconds:
                 break
             order = list(running)[repetition % len(running) :] + list(running)[: repetition % len(running)]
             for name in order:
