@@ -8,6 +8,7 @@ again and must be answered alike. After each round the process's memory and the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import random
@@ -125,14 +126,17 @@ def soak(model, requests: int, threads: int, per_round: int, on_round=lambda num
             raise RuntimeError(f"round {number}: the request that is always the same was answered differently")
         return kinds
 
-    with ThreadPoolExecutor(threads) as pool:
+    with contextlib.ExitStack() as stack:
+        # One for each: in a shared pool a quick thread may take two shares, and what threads remember would differ.
+        pools = [stack.enter_context(ThreadPoolExecutor(1)) for _ in range(threads)]
         for number in range(requests // per_round):
             adapter = ("default", "other", None)[number % 3]
             if adapter is not None:
                 model.set_adapter(adapter)
             (model.base_model.disable_adapter_layers if adapter is None else model.base_model.enable_adapter_layers)()
-            shares = pool.map(work, [number] * threads, range(threads), [adapter] * threads)
-            kinds = [kind for share in shares for kind in share]
+            shares = [pool.submit(work, number, thread, adapter) for thread, pool in enumerate(pools)]
+            kinds = [kind for share in shares for kind in share.result()]
+            vars(model.get_base_model()).pop("_cache", None)  # the latest static one, which transformers 5.0 keeps
             found = {"adapter": adapter, "kinds": {kind: kinds.count(kind) for kind in sorted(set(kinds))}, **memory()}
             rounds.append(found)
             on_round(number, found)
