@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 TABLES = {
     "demo": "benchmarks/demo/results/report.md",
     "made with": "benchmarks/demo/results/report.md",
-    "latency": "benchmarks/latency/results/dense-one-core-single.md",
+    "latency": "benchmarks/latency/results/dense.md",
 }
 
 
