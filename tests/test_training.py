@@ -170,6 +170,16 @@ def test_a_step_runs_each_prompt_that_the_batch_uses_once_and_no_other(make):
     assert gradient[[1, 3]].gt(0).all()
 
 
+def test_rows_of_one_batch_train_behind_the_prompts_they_were_given(make):
+    model = make("llama", num_prompts=4, num_virtual_tokens=[5, 2, 4, 6])
+    ids, _ = token_batch([7] * 6)
+    batch = {"input_ids": ids, "labels": ids, "prompt_ids": torch.tensor([3, 1, 1, 0, 3, 1])}
+    with torch.no_grad():
+        expected = model(**batch).logits
+    model.train()
+    assert (model(**batch).logits - expected).abs().max() <= 1e-4
+
+
 @pytest.mark.parametrize("selection_layer", [0, 1])
 def test_choosing_in_training_runs_all_prompts_up_to_the_selection_layer(make, selection_layer):
     model = make("llama", num_prompts=4, num_virtual_tokens=5, selection_layer=selection_layer)
