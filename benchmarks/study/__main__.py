@@ -65,7 +65,8 @@ def run(matrix, one, folder: Path, missing: list[str], runs: Path) -> None:
         started = time.time()
         with torch.autocast(model.device.type, getattr(torch, autocast or "bfloat16"), enabled=autocast is not None):
             if name.startswith("text_"):
-                scores = measure.score_text(model, tokenizer, name.removeprefix("text_"), matrix.evaluation)
+                text = name.removeprefix("text_")
+                scores = measure.score_text(model, tokenizer, text, matrix.texts[text], matrix.evaluation)
             else:
                 scores = measure.score_task(model, tokenizer, name, matrix.evaluation, matrix.wants_each_prompt(one))
         seconds = round(time.time() - started, 1)

@@ -59,7 +59,7 @@ class Matrix:
         self.methods: dict[str, dict] = values["methods"]
         self.training: dict = values["training"]
         self.evaluation: dict = values["evaluation"]
-        self.texts: list[str] = values["texts"]
+        self.texts: dict[str, int] = values["texts"]
         self.tasks: list[str] = values["tasks"]
         self.each_prompt: list[str] = values.get("each_prompt", [])
         self.contenders = list(dict.fromkeys(one for row in values["rows"] for one in self._contenders(row)))
@@ -74,7 +74,7 @@ class Matrix:
         return self.base if compression == NO_COMPRESSION else self.compressions[compression]
 
     def wants_each_prompt(self, one: Contender) -> bool:
-        """Whether every prompt of its bank is forced on the tasks too: seven times the cost of a free choice."""
+        """Whether every prompt of its bank is forced on the tasks too: five times the cost of a free choice."""
         return f"{one.compression}/{one.name}" in self.each_prompt
 
     def _contenders(self, row: dict) -> list[Contender]:
@@ -92,7 +92,9 @@ class Matrix:
 
     def _check(self, one: Contender) -> None:
         if one.compression not in (NO_COMPRESSION, *self.compressions):
-            raise ValueError(f"{self.file}: `compression` must be one of {sorted(self.compressions)}, got {one.compression!r}")
+            raise ValueError(
+                f"{self.file}: `compression` must be one of {sorted(self.compressions)}, got {one.compression!r}"
+            )
         if one.method not in (*UNTRAINED, *self.methods):
             raise ValueError(f"{self.file}: `methods` defines {sorted(self.methods)}, got {one.method!r} in `rows`")
         if one.objective is not None and one.objective not in OBJECTIVES:

@@ -7,32 +7,42 @@ from idp_peft.evaluation.prompted import choose, num_prompts
 from idp_peft.evaluation.task_scores import run_task, sample_indices, score_tasks
 
 
-def score_text(model, tokenizer, name: str, settings: dict) -> dict:
-    """Nats of one block per document, after the context that a choice may read; under every prompt where there are several.
+def score_text(model, tokenizer, name: str, documents: int, settings: dict) -> dict:
+    """Nats of one block per document, after the context that a choice may read. A model with several prompts is scored
+    under each of them, and the chosen one's value looked up.
 
     Returns:
         `dict`: `metric`, `context_tokens`, `block_tokens` and `items`: `id` (of the document), `nats`, `tokens`, `prompt`
         (chosen by attention), and where there is a choice `least_loss_prompt` and `by_prompt` (`{"nats": [M]}`).
     """
+    length, context, batch = settings["block_tokens"], settings["context_tokens"], settings["batch_size"]
+    ids, blocks = _blocks(tokenizer, name, documents, length)
+    if (count := num_prompts(model) or 1) == 1:
+        nats, prompts = score_chunks(model, blocks, context, batch_size=batch, description=name).nats.tolist(), None
+    else:
+        contexts = [block[:context] for block in blocks]
+        prompts = choose(model, contexts, batch)
+        by_prompt = [score_chunks(model, blocks, context, i, batch, f"{name}, {i}").nats.tolist() for i in range(count)]
+        nats = [by_prompt[prompt][number] for number, prompt in enumerate(prompts)]
+    items = [{"id": i, "nats": value, "tokens": length - context} for i, value in zip(ids, nats, strict=True)]
+    if prompts is not None:
+        for item, prompt in zip(items, prompts, strict=True):
+            item["prompt"] = prompt
+        _add(items, by_prompt, "nats", _least_loss(model, contexts, batch))
+    return {"metric": "nats", "block_tokens": length, "context_tokens": context, "items": items}
+
+
+def _blocks(tokenizer, name: str, documents: int, length: int) -> tuple[list[str], list[list[int]]]:
+    """The first `documents` held-out documents that are long enough: their numbers, and a block of each."""
     from idp_peft.text_data import load_texts
 
-    length, context, batch = settings["block_tokens"], settings["context_tokens"], settings["batch_size"]
-    blocks, ids = [], []
+    ids, blocks = [], []
     for number, text in enumerate(load_texts(name, "held_out")):
         if found := chunk_documents(tokenizer, [text], length, per_document=1):
-            blocks, ids = blocks + found, [*ids, str(number)]
-        if len(blocks) == settings["documents"]:
+            ids, blocks = [*ids, str(number)], blocks + found
+        if len(blocks) == documents:
             break
-    scores = score_chunks(model, blocks, context, batch_size=batch, description=name)
-    prompts = [None] * len(blocks) if scores.prompt_ids is None else scores.prompt_ids.tolist()
-    items = [
-        {"id": i, "nats": nats, "tokens": count, "prompt": prompt}
-        for i, nats, count, prompt in zip(ids, scores.nats.tolist(), scores.tokens.tolist(), prompts, strict=True)
-    ]
-    if (num_prompts(model) or 1) > 1:
-        by_prompt = [score_chunks(model, blocks, context, i, batch).nats.tolist() for i in range(num_prompts(model))]
-        _add(items, by_prompt, "nats", _least_loss(model, [block[:context] for block in blocks], batch))
-    return {"metric": "nats", "block_tokens": length, "context_tokens": context, "items": items}
+    return ids, blocks
 
 
 def score_task(model, tokenizer, name: str, settings: dict, each_prompt: bool) -> dict:
