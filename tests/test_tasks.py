@@ -7,6 +7,7 @@ import json
 import zipfile
 
 import pytest
+import torch
 
 from idp_peft.evaluation import task_data
 from idp_peft.evaluation.task_data import COUNTS, is_cached, task_file
@@ -124,8 +125,34 @@ def test_every_task_is_scored_question_by_question(local, make):
             assert item["score_by_prompt"][item["prompt"]] == item["score"]
         json.dumps(result)
     assert results["local_lambada"]["items"][0]["scores"].keys() == {"acc", "log_likelihood"}
+    with_probability = {name for name, result in results.items() if "probability" in result["items"][0]["scores"]}
+    assert with_probability == set(LOCAL_TASKS) - {"local_triviaqa", "local_lambada", "local_webqs"}
     plain = score_tasks(tiny("llama"), tokenizer(), "local_piqa", limit=5, each_prompt=True)["local_piqa"]
     assert all(item["prompt"] is None and "score_by_prompt" not in item for item in plain["items"])
+
+
+@pytest.mark.parametrize("name", ["piqa", "winogrande", "arc_easy"])
+def test_the_probability_of_the_right_choice_is_the_softmax_over_the_choices(local, make, name):
+    from idp_peft.evaluation import score_tasks
+    from tests.test_harness import alone
+
+    model, task, words = tiny("llama"), f"local_{name}", tokenizer()
+    item = score_tasks(model, tokenizer(), task, limit=30)[task]["items"][0]
+    gold = json.loads((local / f"{name}.jsonl").read_text().splitlines()[0])["gold"]
+    log_likelihoods = torch.tensor(
+        [alone(model, *(words(text)["input_ids"] for text in pair)) for pair in _ASKED[name]]
+    )
+    assert item["scores"]["probability"] == pytest.approx(float(log_likelihoods.softmax(0)[gold]), rel=1e-4)
+
+
+def test_a_forced_prompt_answers_every_question(local, make):
+    from idp_peft.evaluation import score_tasks
+
+    model = make("llama")
+    by_prompt = score_tasks(model, tokenizer(), "local_piqa", limit=5, each_prompt=True)["local_piqa"]["items"]
+    forced = score_tasks(model, tokenizer(), "local_piqa", limit=5, prompt_id=2)["local_piqa"]["items"]
+    assert [item["prompt"] for item in forced] == [2] * 5
+    assert [item["score"] for item in forced] == [item["score_by_prompt"][2] for item in by_prompt]
 
 
 def test_a_limit_draws_the_same_questions_for_every_model_and_names_them_by_their_number(local, make):

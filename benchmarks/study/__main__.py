@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.INFO)
 
+    from benchmarks.study.contenders import NotReady
     from benchmarks.study.matrix import Matrix
 
     matrix = Matrix(options.config)
@@ -38,7 +39,10 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             with _alone(options.runs / matrix.name / one.path) as alone:
                 if alone:
-                    run(matrix, one, folder, missing, options.runs)
+                    try:
+                        run(matrix, one, folder, missing, options.runs)
+                    except NotReady as reason:
+                        logger.warning("%s", reason)
 
 
 def run(matrix, one, folder: Path, missing: list[str], runs: Path) -> None:

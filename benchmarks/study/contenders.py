@@ -9,6 +9,10 @@ from pathlib import Path
 from benchmarks.study.matrix import BOS_PREFIX, COMPOSED, OBJECTIVES, UNTRAINED, Contender, Matrix
 
 
+class NotReady(RuntimeError):
+    """A bank is to be composed of prompts that are not trained yet (another process may be at it)."""
+
+
 def prepare(matrix: Matrix, one: Contender, runs: Path) -> Path | None:
     """Train what has to be trained; goes on with a run that was interrupted.
 
@@ -17,6 +21,9 @@ def prepare(matrix: Matrix, one: Contender, runs: Path) -> Path | None:
 
     Returns:
         `Path`: the adapter's folder; `None` for a contender without one.
+
+    Raises:
+        `NotReady`: for a composed bank whose parts are not trained yet.
     """
     if one.method in UNTRAINED:
         return None
@@ -30,8 +37,8 @@ def load(matrix: Matrix, one: Contender, adapter: Path | None):
     """`(model, tokenizer)`, in float32 and evaluation mode."""
     import torch
 
-    from idp_peft.loading import load_model, load_tokenizer
     from idp_peft.loading import load as load_adapter
+    from idp_peft.loading import load_model, load_tokenizer
 
     place = matrix.model_of(one.compression)
     dtype = getattr(torch, matrix.evaluation.get("dtype", "float32"))
@@ -94,10 +101,11 @@ def _compose(matrix: Matrix, one: Contender, parts: list[str], runs: Path) -> Pa
 
     folder = runs / matrix.name / one.path / "adapter"
     if not folder.is_dir():
-        adapters = [_train(matrix, part, dict(matrix.methods[part.method]), runs) for part in _parts(one, parts)]
+        adapters = [
+            runs / matrix.name / Contender(one.compression, name, one.objective, one.seed).path / "adapter"
+            for name in parts
+        ]
+        if missing := [str(adapter) for adapter in adapters if not adapter.is_dir()]:
+            raise NotReady(f"{one.path} is composed of {', '.join(missing)}, not trained yet: run again later")
         compose(adapters, str(folder), names=parts, base_model=matrix.model_of(one.compression))
     return folder
-
-
-def _parts(one: Contender, names: list[str]) -> list[Contender]:
-    return [Contender(one.compression, name, one.objective, one.seed) for name in names]

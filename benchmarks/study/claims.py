@@ -1,0 +1,123 @@
+"""The paper's headline claims, each with what was measured and a verdict by a rule fixed here.
+
+better than or comparable to LoRA   not reproduced where IDP is worse on a text with every seed; reproduced where it is not
+                                    and its accuracy is at most one point lower with 95 % confidence; else not testable
+21 times fewer parameters           a count
+60 % lower latency                  reproduced from 50 % on
++1.24 points over the tasks         reproduced where the interval is above 0 and reaches 1.24, not where it ends below
+                                    1.24; not testable where it holds both 0 and 1.24
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+_LATENCY = Path(__file__).parent.parent / "latency" / "results" / "dense.json"
+_CASE = {"part": "requests", "batch": 1, "tokens_in": 128, "tokens_out": 32}
+POINTS = 1.24
+REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE = "reproduced", "not reproduced", "not testable here"
+
+
+def claims(studies: list) -> str:
+    """One row per claim and compression, as a Markdown table."""
+    rows = []
+    for study in studies:
+        rows += [_against_lora(study, name) for name in ("lora_budget", "lora_16")]
+        rows += [_points(study, study.compressed), _points(study, study.get("one_prompt_100"))]
+    rows += [_parameters(studies[0]), _latency()]
+    lines = ["| claim | where | measured | verdict |", "|---|---|---|---|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows if row is not None]
+    return "<!-- claims: begin -->\n" + "\n".join(lines) + "\n<!-- claims: end -->\n"
+
+
+def _against_lora(study, name: str) -> list[str] | None:
+    idp, lora = study.get("idp"), study.get(name)
+    if idp is None or lora is None:
+        return None
+    measured, worse = [], []
+    for text, table in study.texts.items():
+        one = next(c for c in study.against_idp(table) if c.right == lora.label)
+        measured.append(f"{text} {one.estimate.value:+.3f} nats per token ({_seeds(one)})")
+        worse.append(one.seen and one.estimate.value > 0)
+    accuracy = study.accuracy.difference(idp, lora).estimate
+    measured.append(f"accuracy {_of_accuracy(accuracy)}")
+    low = None if accuracy.interval is None else 100 * accuracy.interval[0]
+    verdict = lora_verdict(any(worse), low)
+    return [
+        f"better than or comparable to LoRA ({lora.label.removeprefix('LoRA, ')})",
+        study.compression,
+        "; ".join(measured),
+        verdict,
+    ]
+
+
+def lora_verdict(worse_on_a_text: bool, lowest_points: float | None) -> str:
+    """Args:
+    worse_on_a_text: IDP seen to be worse on a text.
+    lowest_points: lower end of the interval of IDP's accuracy minus LoRA's, in points.
+    """
+    if worse_on_a_text:
+        return NOT_REPRODUCED
+    return REPRODUCED if lowest_points is not None and lowest_points >= -1 else NOT_TESTABLE
+
+
+def _points(study, other) -> list[str] | None:
+    idp = study.get("idp")
+    if idp is None or other is None:
+        return None
+    found = study.accuracy.difference(idp, other).estimate
+    if found.interval is None:
+        return None
+    return [
+        f"+{POINTS} points on average over nine tasks",
+        f"{study.compression}, {len(study.accuracy.measures)} tasks",
+        f"over {other.label}: {_of_accuracy(found)}",
+        points_verdict(tuple(100 * end for end in found.interval)),
+    ]
+
+
+def points_verdict(interval: tuple[float, float]) -> str:
+    """By the 95 % interval of the gain, in points."""
+    low, high = interval
+    if high < POINTS:
+        return NOT_REPRODUCED
+    return REPRODUCED if low > 0 else NOT_TESTABLE
+
+
+def _parameters(study) -> list[str] | None:
+    idp, lora = study.get("idp"), study.get("lora_16")
+    if idp is None or lora is None:
+        return None
+    ratio = lora.extra_parameters / idp.extra_parameters
+    verdict = "reproduced, as a count" if ratio >= 21 else NOT_REPRODUCED
+    return [
+        "21 times fewer parameters",
+        "this model",
+        f"LoRA of rank 16 has {lora.extra_parameters:,}, IDP {idp.extra_parameters:,}: {ratio:.0f} times",
+        verdict,
+    ]
+
+
+def _latency() -> list[str]:
+    found: dict[str, dict[int, float]] = {}
+    for turn in json.loads(_LATENCY.read_text())["turns"]:
+        if turn["case"] == _CASE and "whole" in turn:
+            found.setdefault(turn["contestant"], {})[turn["repetition"]] = turn["whole"]
+    idp, lora = found["IDP"], found["LoRA, rank 16"]
+    saved = 1 - statistics.median(idp[turn] / lora[turn] for turn in idp)
+    verdict = REPRODUCED if saved >= 0.5 else NOT_REPRODUCED
+    return ["60 % lower latency than LoRA", "benchmarks/latency", f"{100 * saved:.0f} % of a whole request", verdict]
+
+
+def _of_accuracy(found) -> str:
+    text = f"{100 * found.value:+.1f} points"
+    return (
+        text if found.interval is None else f"{text} [{100 * found.interval[0]:+.1f}, {100 * found.interval[1]:+.1f}]"
+    )
+
+
+def _seeds(one) -> str:
+    p = "not tested" if one.p_holm is None else f"p = {one.p_holm:.2g}"
+    return f"{len(one.by_seed)} seed{'s' if len(one.by_seed) > 1 else ''}, {p}"
