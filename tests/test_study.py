@@ -187,6 +187,7 @@ def tiny_matrix(tmp_path, monkeypatch, local):  # noqa: F811
         "evaluation": SETTINGS,
         "texts": {"wiki": 6},
         "tasks": ["local_piqa"],
+        "task_seeds": [0],
         "each_prompt": ["small/idp.lm.seed0"],
         "rows": [
             {"compression": "none", "methods": ["dense"]},
@@ -220,10 +221,11 @@ def test_the_matrix_runs_cell_by_cell_goes_on_where_it_was_and_makes_a_report(ti
     study.main(options)
     assert {path: path.stat().st_mtime_ns for path in before} == before  # neither trained nor measured again
     matrix = Matrix(tiny_matrix)
-    expected = {one.path / f"{name}.json" for one in matrix.contenders for name in matrix.measures()}
+    expected = {one.path / f"{name}.json" for one in matrix.contenders for name in matrix.measures(one)}
     assert {
         path.relative_to(tmp_path / "results/tiny") for path in (tmp_path / "results/tiny").rglob("*.json")
     } == expected
+    assert Path("small/idp.distillation.seed1/local_piqa.json") not in expected  # tasks are for seed 0
     cell = json.loads((tmp_path / "results/tiny/small/idp.distillation.seed1/text_wiki.json").read_text())
     assert cell["cell"] == {
         "base": matrix.base,

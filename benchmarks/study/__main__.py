@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=_HERE / "results", help="one JSON per cell")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="adapters and checkpoints")
     parser.add_argument("--only", default="", help="contenders whose path contains this, e.g. gptq-3bit/idp")
+    parser.add_argument("--measure", default="", help="cells whose name contains this, e.g. text_ or arc")
     parser.add_argument("--list", action="store_true", help="say what is done and what is not, and stop")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -33,9 +34,10 @@ def main(arguments: list[str] | None = None) -> None:
         if options.only not in str(one.path):
             continue
         folder = options.results / matrix.name / one.path
-        missing = [name for name in matrix.measures() if not (folder / f"{name}.json").is_file()]
+        wanted = [name for name in matrix.measures(one) if options.measure in name]
+        missing = [name for name in wanted if not (folder / f"{name}.json").is_file()]
         if options.list or not missing:
-            logger.info("%-40s %d of %d cells", one.path, len(matrix.measures()) - len(missing), len(matrix.measures()))
+            logger.info("%-40s %d of %d cells", one.path, len(wanted) - len(missing), len(wanted))
         else:
             with _alone(options.runs / matrix.name / one.path) as alone:
                 if alone:

@@ -1,7 +1,8 @@
 """The dense model's keys and values of the first token, in front of the compressed one: a repair without training.
 
 After IntactKV (Liu et al., arXiv 2403.01241): attention sinks on the first token, so quantisation hurts most where that
-token's keys and values are wrong. Here they are the full-precision model's, as a prefix of one position.
+token's keys and values are wrong. Here they are the full-precision model's, as a prefix of one position. The control is the
+same prefix with the compressed model's own keys and values: what a first token brings that the tokenizer does not add.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ USES = (ATTENTION, LEAST_LOSS, RANDOM, SINGLE, ORACLE)
 _NAMES = {
     "dense": "dense",
     "compressed": "compressed",
-    "bos_prefix": "first token's keys and values of the dense model, untrained",
+    "bos_prefix": "BOS prefix of the dense model",
+    "own_bos_prefix": "its own BOS prefix",
     "prefix_tuning": "prefix tuning",
 }
 
@@ -63,7 +64,7 @@ def read_entries(matrix: Matrix, results: Path, compression: str) -> list[Entry]
         if one.compression != compression and one.path != Path("none", "dense"):
             continue
         found = {}
-        for measure in matrix.measures():
+        for measure in matrix.measures(one):
             file = results / matrix.name / one.path / f"{measure}.json"
             if file.is_file():
                 found[measure] = json.loads(file.read_text())

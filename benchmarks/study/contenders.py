@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from benchmarks.study.matrix import BOS_PREFIX, COMPOSED, OBJECTIVES, UNTRAINED, Contender, Matrix
+from benchmarks.study.matrix import BOS_PREFIX, COMPOSED, OBJECTIVES, OWN_BOS_PREFIX, UNTRAINED, Contender, Matrix
 
 
 class NotReady(RuntimeError):
@@ -45,10 +45,11 @@ def load(matrix: Matrix, one: Contender, adapter: Path | None):
     if adapter is not None:
         return load_adapter(adapter, base=place, dtype=dtype)
     model, tokenizer = load_model(place, dtype=dtype), load_tokenizer(place)
-    if one.method == BOS_PREFIX:
+    if one.method in (BOS_PREFIX, OWN_BOS_PREFIX):
         from benchmarks.study.bos_prefix import bos_prefix
 
-        model = bos_prefix(model, load_model(matrix.base, dtype=dtype), tokenizer.bos_token_id)
+        source = load_model(matrix.base, dtype=dtype) if one.method == BOS_PREFIX else model
+        model = bos_prefix(model, source, tokenizer.bos_token_id)
     return model, tokenizer
 
 

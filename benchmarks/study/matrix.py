@@ -7,8 +7,9 @@ from pathlib import Path
 
 OBJECTIVES = {"lm": "language modelling", "distillation": "distillation"}
 # Methods that train nothing; the others are `idp_peft.recover`'s, under names of the configuration's own.
-DENSE, COMPRESSED, BOS_PREFIX, COMPOSED = "dense", "compressed", "bos_prefix", "composed"
-UNTRAINED = (DENSE, COMPRESSED, BOS_PREFIX)
+DENSE, COMPRESSED, COMPOSED = "dense", "compressed", "composed"
+BOS_PREFIX, OWN_BOS_PREFIX = "bos_prefix", "own_bos_prefix"
+UNTRAINED = (DENSE, COMPRESSED, BOS_PREFIX, OWN_BOS_PREFIX)
 NO_COMPRESSION = "none"
 
 
@@ -61,14 +62,16 @@ class Matrix:
         self.evaluation: dict = values["evaluation"]
         self.texts: dict[str, int] = values["texts"]
         self.tasks: list[str] = values["tasks"]
+        self.task_seeds: list[int] | None = values.get("task_seeds")
         self.each_prompt: list[str] = values.get("each_prompt", [])
         self.contenders = list(dict.fromkeys(one for row in values["rows"] for one in self._contenders(row)))
         for one in self.contenders:
             self._check(one)
 
-    def measures(self) -> list[str]:
-        """Names of the cells of each contender: the texts (`"text_wiki"`), then the tasks."""
-        return [f"text_{name}" for name in self.texts] + self.tasks
+    def measures(self, one: Contender | None = None) -> list[str]:
+        """Names of the cells of a contender: the texts (`"text_wiki"`), then the tasks, if those of its seed are wanted."""
+        skips_tasks = one is not None and self.task_seeds is not None and one.seed not in (None, *self.task_seeds)
+        return [f"text_{name}" for name in self.texts] + ([] if skips_tasks else self.tasks)
 
     def model_of(self, compression: str) -> str:
         return self.base if compression == NO_COMPRESSION else self.compressions[compression]
