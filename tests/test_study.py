@@ -14,7 +14,6 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
 from benchmarks.study import __main__ as study
 from benchmarks.study import claims, measure, tables
-from benchmarks.study.bos_prefix import bos_prefix
 from benchmarks.study.cells import ATTENTION, LEAST_LOSS, Entry, read_entries, values
 from benchmarks.study.choices import context_nats, least_loss
 from benchmarks.study.estimates import Compared, Table, correct
@@ -69,27 +68,6 @@ def test_a_configuration_with_an_undefined_method_is_refused(tmp_path):
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(ValueError, match=r"`methods` defines \['composed_26_100', .*\], got 'magic' in `rows`"):
         Matrix(tmp_path / "wrong.yaml")
-
-
-def test_the_bos_prefix_is_the_dense_models_keys_and_values_in_front_of_the_compressed_one():
-    dense, compressed, other = tiny("llama", seed=0), tiny("llama", seed=1), tiny("llama", seed=1)
-    repaired = bos_prefix(compressed, dense, bos_token_id=1)
-    ids = torch.tensor([[5, 6, 7, 8, 9]])
-    with torch.no_grad():
-        cache = dense(torch.tensor([[1]]), use_cache=True)
-        cache = cache.past_key_values if "past_key_values" in cache else cache.cache
-        name = "past_key_values" if "past_key_values" in _parameters(other) else "cache"
-        expected = other(ids, **{name: cache}, use_cache=True, position_ids=torch.arange(1, 6)[None]).logits
-        plain = other(ids).logits
-        assert torch.allclose(repaired(ids).logits[:, -5:], expected, atol=1e-5)
-    assert not torch.allclose(expected, plain, atol=1e-3)
-    assert not any(parameter.requires_grad for parameter in repaired.parameters())
-
-
-def _parameters(model):
-    import inspect
-
-    return inspect.signature(type(model).forward).parameters
 
 
 SETTINGS = {"block_tokens": 24, "context_tokens": 8, "batch_size": 4, "limit": 5, "sample_seed": 0}

@@ -46,10 +46,10 @@ def load(matrix: Matrix, one: Contender, adapter: Path | None):
         return load_adapter(adapter, base=place, dtype=dtype)
     model, tokenizer = load_model(place, dtype=dtype), load_tokenizer(place)
     if one.method in (BOS_PREFIX, OWN_BOS_PREFIX):
-        from benchmarks.study.bos_prefix import bos_prefix
+        from idp_peft.recover.intact_prefix import intact_prefix
 
         source = load_model(matrix.base, dtype=dtype) if one.method == BOS_PREFIX else model
-        model = bos_prefix(model, source, tokenizer.bos_token_id)
+        model = intact_prefix(model, source, [tokenizer.bos_token_id])
     return model, tokenizer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -109,3 +110,11 @@ def corpus_starts(tokenizer, blocks: list[list[int]], options) -> list[str]:
     generator."""
     chosen = torch.randperm(len(blocks))[: options.num_prompts].tolist()
     return [tokenizer.decode(blocks[i][: options.num_virtual_tokens]) for i in chosen]
+
+
+def opening(tokenizer, blocks: list[list[int]], count: int) -> list[int]:
+    """`count` tokens that a prefix starts at: the beginning-of-sequence token, where there is one, then training blocks in
+    random order. Drawn from torch's global generator."""
+    front = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    shuffled = itertools.chain.from_iterable(blocks[i] for i in torch.randperm(len(blocks)).tolist())
+    return list(itertools.islice(itertools.chain(front, shuffled), count))

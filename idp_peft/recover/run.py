@@ -18,7 +18,8 @@ from idp_peft.hub.adapter_folder import push_adapter
 from idp_peft.hub.push import PushError
 from idp_peft.loading import accepted_by_trainer, load_model, load_tokenizer
 from idp_peft.recover.distillation import check_distillation
-from idp_peft.recover.methods import LEARNING_RATES, corpus_starts, method_config
+from idp_peft.recover.intact_prefix import start_prefix
+from idp_peft.recover.methods import LEARNING_RATES, corpus_starts, method_config, opening
 from idp_peft.recover.run_folder import RunFolder
 from idp_peft.recover.self_text import sample_blocks
 from idp_peft.recover.stopping import StopAtSignal
@@ -71,7 +72,7 @@ def recover(options, arguments: TrainingArguments) -> Path:
     folder.write("running", environment=environment(), gradient_probe=str(probe), base_sha256=before)
     if options.dataset == "self":
         train, held = _sampled(options, arguments, teacher, tokenizer, folder)
-    model = _with_adapter(model, tokenizer, train, options, arguments)
+    model = _with_adapter(model, tokenizer, train, options, arguments, teacher)
     stop = StopAtSignal()
     trainer = _trainer(model, teacher, train, held, options, arguments, [stop])
     with stop:
@@ -139,10 +140,14 @@ def _sampled(options, arguments, teacher, tokenizer, folder: RunFolder):
     return blocks[: len(blocks) - kept], blocks[len(blocks) - kept :]
 
 
-def _with_adapter(model, tokenizer, blocks: list[list[int]], options, arguments: TrainingArguments) -> PeftModel:
+def _with_adapter(
+    model, tokenizer, blocks: list[list[int]], options, arguments: TrainingArguments, teacher
+) -> PeftModel:
     set_seed(arguments.seed)  # the prompts' start depends on the seed alone
     texts = corpus_starts(tokenizer, blocks, options) if options.init == "corpus" else None
     model = get_peft_model(model, method_config(model, options, texts))
+    if options.method == "prefix_tuning" and teacher is not None and options.init == "corpus":
+        start_prefix(model, teacher, opening(tokenizer, blocks, model.active_peft_config.num_virtual_tokens))
     logger.info("%d trainable parameters", model.get_nb_trainable_parameters()[0])
     return model
 
