@@ -64,9 +64,8 @@ class Table:
     def __init__(self, entries: list[Entry], measures: list[str], key: str) -> None:
         self.key, self.higher_is_better = key, key != "nats"
         self.measures = [name for name in measures if _has(entries, name, key)]
-        self.means = Averaged([self._resampled(entries, name) for name in self.measures])
-        if len(self.measures) == 1:
-            self.means = self.means.parts[0]
+        parts = [self._resampled(entries, name) for name in self.measures]
+        self.means = parts[0] if len(parts) == 1 else Averaged(parts)
         self.entries = [entry for entry in entries if self.seeds(entry)]
 
     def seeds(self, entry: Entry, use: str = "attention") -> list:

@@ -31,9 +31,9 @@ class Study:
         self.by_name = {(e.one.method, e.one.objective): e for e in entries}
         self.dense, self.compressed = self.by_name["dense", None], self.by_name["compressed", None]
         self.texts = {name: Table(entries, [f"text_{name}"], "nats") for name in matrix.texts}
-        measured = [task for task in matrix.tasks if all(e.measured(task) for e in entries)]
-        self.accuracy = Table(entries, measured, "score")
-        self.probability = Table(entries, measured, "probability")
+        answered = [entry for entry in entries if all(entry.measured(task) for task in matrix.tasks)]
+        self.accuracy = Table(answered, matrix.tasks, "score")
+        self.probability = Table(answered, matrix.tasks, "probability")
 
     def repaired(self) -> list[Entry]:
         return [entry for entry in self.entries if entry not in (self.dense, self.compressed)]
@@ -93,30 +93,24 @@ def report(matrix: Matrix, studies: list[Study], results: Path) -> str:
 
 def headline(study: Study) -> str:
     """Every method with its intervals."""
-    first, *others = study.texts
     rows = []
     for entry in study.entries:
         line = [entry.label, f"{entry.extra_parameters:,}", str(len(entry.seeds)) if None not in entry.seeds else NONE]
-        for name in (first, *others):
-            line.append(_recovered(study, study.texts[name], entry))
-        mean = study.accuracy.mean(entry)
-        gap = None if entry is study.compressed else study.accuracy.difference(entry, study.compressed)
-        line += [
-            estimate(mean and asdict(mean), 1, 100, interval=False),
-            estimate(gap and asdict(gap.estimate), 1, 100, signed=True) if gap else "0",
-        ]
-        chance = study.probability.difference(entry, study.compressed)
-        line.append(estimate(asdict(chance.estimate), 1, 100, signed=True) if entry is not study.compressed else "0")
-        rows.append(line)
+        line += [_recovered(study, table, entry) for table in study.texts.values()]
+        rows.append([*line, _points(study, study.accuracy, entry)])
     damage = {name: table.difference(study.compressed, study.dense) for name, table in study.texts.items()}
     said = "; ".join(f"{name} {estimate(asdict(one.estimate), 3, signed=True)}" for name, one in damage.items())
     columns = ["model", "extra parameters", "seeds", *(f"recovery, {name}" for name in study.texts)]
-    columns += [
-        f"accuracy over {len(study.accuracy.measures)} tasks, %",
-        "points to compressed",
-        f"probability of the right choice, points to compressed ({len(study.probability.measures)} tasks)",
-    ]
+    columns.append(f"accuracy over {len(study.accuracy.measures)} tasks, points")
     return f"Damage in nats per token: {said}.\n\n" + _markdown(columns, rows, f"headline {study.compression}")
+
+
+def _points(study: Study, table: Table, entry: Entry) -> str:
+    """Points to the compressed model, with their interval; a dash where the tasks were not measured."""
+    if entry is study.compressed:
+        return "0"
+    gap = table.difference(entry, study.compressed)
+    return estimate(gap and asdict(gap.estimate), 1, 100, signed=True)
 
 
 def _recovered(study: Study, table: Table, entry: Entry) -> str:
@@ -198,17 +192,20 @@ def _taken(entry: Entry, table: Table) -> str:
 
 
 def tasks(study: Study) -> str:
-    """Accuracy on each task, averaged over seeds; under it McNemar's exact test over all questions, seed by seed."""
+    """Accuracy on each task with the first seed, and their mean; under it McNemar's exact test over all questions."""
+    columns = ["task (metric, questions)", "chance", *(entry.label for entry in study.accuracy.entries)]
     rows = []
     for task in study.accuracy.measures:
         table = Table(study.entries, [task], "score")
         cell = next(iter(study.compressed.cells.values()))[task]
-        line = [
-            f"{task.removeprefix('local_')} ({cell['metric']}, {len(cell['items'])})",
-            number(100 * (cell["chance"] or 0), 0),
-        ]
-        rows.append([*line, *(number(100 * table.mean(entry).value, 1) for entry in study.entries)])
-    columns = ["task (metric, questions)", "chance", *(entry.label for entry in study.entries)]
+        line = [f"{task.removeprefix('local_')} ({cell['metric']}, {len(cell['items'])})"]
+        line.append(number(100 * (cell["chance"] or 0), 0))
+        rows.append([*line, *(number(100 * table.mean(entry).value, 0) for entry in study.accuracy.entries)])
+    for name, table in (("mean", study.accuracy), ("probability of the right choice", study.probability)):
+        means = (number(100 * table.mean(entry).value, 1) for entry in study.accuracy.entries)
+        rows.append([f"{name} ({len(table.measures)} tasks)", NONE, *means])
+    gaps = (_points(study, study.probability, entry) for entry in study.accuracy.entries)
+    rows.append(["the same, points to compressed", NONE, *gaps])
     lines = [
         f"McNemar's exact test over all {count} questions, {entry.label} against {other.label}: "
         + " / ".join(f"p = {p:.2g}" for p in found)
@@ -220,15 +217,17 @@ def tasks(study: Study) -> str:
 def _mcnemar(study: Study) -> list[tuple[Entry, Entry, list[float], int]]:
     import numpy as np
 
-    pairs = [(entry, study.compressed) for entry in study.repaired()]
+    pairs = [(entry, study.compressed) for entry in study.repaired() if entry in study.accuracy.entries]
     if (idp := study.get("idp")) is not None:
-        pairs += [(idp, other) for name in ("lora_budget", "lora_16") if (other := study.get(name)) is not None]
+        pairs += [
+            (idp, other) for name in ("lora_budget", "lora_16") if (other := study.get(name)) in study.accuracy.entries
+        ]
     found = []
     for left, right in pairs:
         p, count = [], 0
-        for seed in left.seeds:
+        for seed in left.measured(study.accuracy.measures[0]):
             of_right = seed if seed in right.seeds else None
-            if of_right not in right.seeds:
+            if of_right not in right.measured(study.accuracy.measures[0]):
                 continue
             sides = [
                 np.concatenate([values(entry.cells[s][task], "score", ATTENTION) for task in study.accuracy.measures])

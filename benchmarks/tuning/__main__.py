@@ -78,7 +78,8 @@ class Bench:
         from peft import get_peft_model
         from transformers import TrainingArguments, set_seed
 
-        from idp_peft.recover.methods import corpus_starts, method_config
+        from idp_peft.recover.intact_prefix import start_prefix
+        from idp_peft.recover.methods import corpus_starts, method_config, opening
         from idp_peft.recover.training import make_trainer, training_examples
 
         began = time.perf_counter()
@@ -86,6 +87,9 @@ class Bench:
         set_seed(settings.seed)
         texts = corpus_starts(self.tokenizer, self.train, settings) if settings.init == "corpus" else None
         model = get_peft_model(model, method_config(model, settings, texts))
+        if settings.method == "prefix_tuning" and settings.init == "corpus":
+            tokens = opening(self.tokenizer, self.train, model.active_peft_config.num_virtual_tokens)
+            start_prefix(model, self.teacher, tokens)
         arguments = TrainingArguments(
             output_dir="runs/tuning",
             max_steps=settings.steps,
