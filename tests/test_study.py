@@ -311,6 +311,8 @@ def test_a_difference_is_seen_only_where_every_seed_has_its_sign():
     correct([agree, disagree, doubtful, None])
     assert (agree.p_holm, disagree.p_holm, doubtful.p_holm) == pytest.approx((0.003, 0.003, 0.04))
     assert (agree.seen, disagree.seen, doubtful.seen) == (True, False, True)
+    rounding = correct([Compared("a", "b", sure, [-1.0, -1e-16])])[0]
+    assert not rounding.seen
     many = [Compared("a", "d", Estimate(-1.0, 0.9, None, p=0.04), [-1.0]) for _ in range(2)]
     assert not any(one.seen for one in correct(many))  # 0.04 twice is 0.08 by Holm
 

@@ -15,6 +15,8 @@ from benchmarks.study.cells import USES, Entry, values, weights
 from idp_peft.report.bootstrap import Averaged, Estimate, Means, Recovery, Resampled
 from idp_peft.report.statistics import LEVEL, holm
 
+_NOTHING = 1e-9  # nats per token, or accuracy: a difference of rounding alone
+
 
 class OverSeeds(Means):
     """The means of some columns, averaged over seeds."""
@@ -48,7 +50,7 @@ class Compared:
     @property
     def seen(self) -> bool:
         """Whether the difference is there on these items, with every seed."""
-        signs = {np.sign(gap) for gap in self.by_seed}
+        signs = {0.0 if abs(gap) < _NOTHING else np.sign(gap) for gap in self.by_seed}
         return self.p_holm is not None and self.p_holm < 1 - LEVEL and len(signs) == 1
 
 
