@@ -17,12 +17,24 @@ COMPRESSION_ENV := $(VENV)-compression/.test-ready
 COMPRESSION_PY := $(VENV)-compression/bin/python
 endif
 
-.PHONY: demo test test-oldest test-compression test-serving test-distributed lint
+STUDY := benchmarks/study/configs/smollm2-135m.yaml
+TRAINED := runs/study/smollm2-135m/gptq-3bit
+
+.PHONY: demo study test test-oldest test-compression test-serving test-distributed lint
 
 # The two MALLOC settings spare page faults while training.
 demo: $(COMPRESSION_ENV)
 	OMP_NUM_THREADS=2 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 \
 	  $(COMPRESSION_PY) -m benchmarks.demo
+
+# Every table of the study, some hours on two cores; goes on where it was.
+study: $(COMPRESSION_ENV)
+	for recipe in gptq-3bit gptq-4bit sparsegpt-50; do \
+	  [ -f runs/$$recipe/compression.json ] || $(COMPRESSION_PY) -m idp_peft_cli compress --model default \
+	    --recipe $$recipe --output_dir runs/$$recipe || exit 1; \
+	done
+	$(COMPRESSION_PY) -m benchmarks.study $(STUDY)
+	$(COMPRESSION_PY) -m benchmarks.study.tables $(STUDY)
 
 test: $(TEST_ENV)
 	$(PY) -m ruff check .

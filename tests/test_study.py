@@ -226,8 +226,8 @@ def test_the_matrix_runs_cell_by_cell_goes_on_where_it_was_and_makes_a_report(ti
 
     tables.main([str(tiny_matrix), "--results", str(tmp_path / "results")])
     report = (tmp_path / "results/tiny/report.md").read_text()
-    assert "| IDP, 2 x 3, distillation |" in report
-    assert "| IDP composed of prompts of 2 and 4 |" in report
+    assert "| IDP, 2 x 3, distillation (2 seeds) |" in report
+    assert "| IDP composed, 2 + 4 |" in report
     assert "## Control: the same training on the dense model" in report
     statistics = json.loads((tmp_path / "results/tiny/statistics.json").read_text())
     means = statistics["small"]["text wiki"]["means"]

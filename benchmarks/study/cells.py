@@ -85,7 +85,7 @@ def label(matrix: Matrix, one: Contender) -> str:
         return _NAMES[one.method]
     if options["method"] == COMPOSED:
         parts = [matrix.methods[part]["num_virtual_tokens"] for part in options["of"]]
-        name = f"IDP composed of prompts of {' and '.join(map(str, parts))}"
+        name = f"IDP composed, {' + '.join(map(str, parts))}"
     elif options["method"] == "idp" and options["num_prompts"] == 1:
         name = f"one prompt, {options['num_virtual_tokens']} tokens"
     elif options["method"] == "idp":

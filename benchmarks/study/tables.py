@@ -95,12 +95,13 @@ def headline(study: Study) -> str:
     """Every method with its intervals."""
     rows = []
     for entry in study.entries:
-        line = [entry.label, f"{entry.extra_parameters:,}", str(len(entry.seeds)) if None not in entry.seeds else NONE]
+        seeds = f" ({len(entry.seeds)} seeds)" if len(entry.seeds) > 1 else ""
+        line = [entry.label + seeds, f"{entry.extra_parameters:,}"]
         line += [_recovered(study, table, entry) for table in study.texts.values()]
         rows.append([*line, _points(study, study.accuracy, entry)])
     damage = {name: table.difference(study.compressed, study.dense) for name, table in study.texts.items()}
     said = "; ".join(f"{name} {estimate(asdict(one.estimate), 3, signed=True)}" for name, one in damage.items())
-    columns = ["model", "extra parameters", "seeds", *(f"recovery, {name}" for name in study.texts)]
+    columns = ["model", "parameters", *(f"recovery, {name}" for name in study.texts)]
     columns.append(f"accuracy over {len(study.accuracy.measures)} tasks, points")
     return f"Damage in nats per token: {said}.\n\n" + _markdown(columns, rows, f"headline {study.compression}")
 
