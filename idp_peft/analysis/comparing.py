@@ -64,7 +64,7 @@ class _Attention:
         rows = self._rows or float("nan")
         shares = {"prompt_share": self._on_prompt / rows, "first_token_share": self._on_first / rows}
         moved = {} if self.to_start is None else {"moved": self.to_start.values()["distance"]}
-        return self.to_reference.values() | shares | moved
+        return self.to_reference.values() | moved | shares
 
 
 class Comparing:
