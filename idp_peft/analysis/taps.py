@@ -67,9 +67,6 @@ class Tap:
         """Decoder pre-hook. IDP's own stands before it, so a choice, and the prompts that are run alone, are not seen."""
         self._open = not is_internal_run()
 
-    def close(self, *_) -> None:
-        self._open = False
-
     def on_layer(self, module, args, output) -> None:
         if self._open:
             self._keep(HIDDEN, _first(output))
@@ -134,7 +131,6 @@ def tapped(decoder: nn.Module, parts: tuple[str, ...], lengths: list[int]):
     try:
         with eager_attention(decoder) if ATTENTION in parts else nullcontext():
             handles.append(decoder.register_forward_pre_hook(tap.open))
-            handles.append(decoder.register_forward_hook(tap.close, always_call=True))
             for block in map(unwrapped, find_blocks(decoder)[1]):
                 if HIDDEN in parts:
                     handles.append(block.register_forward_hook(tap.on_layer))
