@@ -2,6 +2,9 @@
 
 The dense model, the compressed one and every adapter on it read the same held-out blocks of text. Twice: with all tokens, and
 without each block's first, on which models park attention.
+
+Any text in front of another changes what a model does with it, repair or not. So an IDP adapter can be given controls
+(`--control`): its prompts as they were before training, and the trained ones on the dense model.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         type=_named,
         help="one of the adapters; repeat it",
     )
+    parser.add_argument(
+        "--control", action="append", default=[], metavar="NAME", help="an IDP adapter that gets controls; repeat it"
+    )
     parser.add_argument("--dataset", default="wiki", help="'wiki', 'c4', a file or a hub dataset")
     parser.add_argument("--split", default="held_out")
     parser.add_argument("--blocks", type=int, default=20, help="so many, one per document")
@@ -38,6 +44,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     names = [name for name, _ in options.adapter]
     if len({COMPRESSED, "reference", *names}) < 2 + len(names):
         parser.error(f"--adapter names must differ, and not be {COMPRESSED!r} or 'reference', got {names}")
+    if unknown := [name for name in options.control if name not in names]:
+        parser.error(f"--control must be the name of an --adapter ({', '.join(names)}), got {', '.join(unknown)}")
     return options
 
 
@@ -49,17 +57,40 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def load(options: argparse.Namespace) -> dict:
-    """`reference`, `compressed` and the adapters, each on a copy of the compressed model that shares its weights."""
+    """`reference`, `compressed`, the adapters and their controls; those on one base share its weights."""
     from peft import PeftModel
 
     from benchmarks.contestants import sharing_weights
     from idp_peft.loading import load_model
 
-    base = load_model(options.model)
-    models = {"reference": load_model(options.dense), COMPRESSED: sharing_weights(base)}
+    dense, base = load_model(options.dense), load_model(options.model)
+    models = {"reference": sharing_weights(dense), COMPRESSED: sharing_weights(base)}
     for name, path in options.adapter:
         models[name] = PeftModel.from_pretrained(sharing_weights(base), path).eval()
+    for name in options.control:
+        path = dict(options.adapter)[name]
+        models[untrained(name)] = as_it_started(sharing_weights(base), path, options.model)
+        models[on_dense(name)] = PeftModel.from_pretrained(sharing_weights(dense), path).eval()
     return models
+
+
+def untrained(name: str) -> str:
+    return f"{name}, untrained"
+
+
+def on_dense(name: str) -> str:
+    return f"{name} on dense"
+
+
+def as_it_started(base, path: str, tokenizer: str):
+    """An IDP adapter with its prompts as they were before training."""
+    from peft import PeftConfig, get_peft_model
+
+    config = PeftConfig.from_pretrained(path)
+    if config.peft_type != "IDP" or config.init != "text":
+        raise SystemExit(f"--control needs an IDP adapter that started from texts, {path} is none")
+    config.inference_mode, config.tokenizer_name_or_path = False, tokenizer
+    return get_peft_model(base, config).eval()
 
 
 def blocks_of(options: argparse.Namespace) -> list[dict]:
@@ -116,6 +147,10 @@ def measure(options: argparse.Namespace) -> dict:
     reference = models.pop("reference")
     for name, skip in (("all_tokens", 0), ("without_first", 1)):
         result[name] = compare_patterns(reference, models, blocks, start=COMPRESSED, skip=skip).to_dict()
+    result["behind_prompts"] = {
+        name: compare_patterns(models[on_dense(name)], {name: models[name]}, blocks).to_dict()
+        for name in options.control
+    }
     return result
 
 
@@ -136,11 +171,14 @@ def markdown(result: dict) -> str:
     ]
     for name, loss in means.items():
         about = result["adapters"].get(name, {})
-        recovery = f"{100 * (means[COMPRESSED] - loss) / gap:.1f} %" if about else ""
+        recovery = "" if name in ("reference", COMPRESSED) else f"{100 * (means[COMPRESSED] - loss) / gap:.1f} %"
         cells = [name, about.get("method", ""), about.get("parameters", ""), about.get("from", "")]
         lines.append(f"| {' | '.join(map(str, cells))} | {loss:.4f} | {recovery} |")
     for title, key in (("All tokens", "all_tokens"), ("Without the first token of each block", "without_first")):
         lines += ["", f"## {title}", "", PatternComparison.from_dict(result[key]).to_markdown().rstrip()]
+    for name, content in result["behind_prompts"].items():
+        title = f"{name} beside the dense model behind the same prompts"
+        lines += ["", f"## {title}", "", PatternComparison.from_dict(content).to_markdown().rstrip()]
     return "\n".join(lines) + "\n"
 
 
