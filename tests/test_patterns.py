@@ -278,6 +278,7 @@ def test_a_model_is_equal_to_itself():
     assert np.allclose(result.attention["cosine"]["itself"], 1, atol=1e-6)
     assert np.all(result.attention["distance"]["other"] > 0.05)
     assert np.allclose(result.attention["moved"]["itself"], result.attention["distance"]["other"])
+    assert "other" not in result.attention["moved"]
     assert not result.attention["prompt_share"]["itself"].any()
     shares = result.attention["first_token_share"]
     assert np.array_equal(shares["reference"], shares["itself"])

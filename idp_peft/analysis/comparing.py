@@ -44,27 +44,29 @@ class _Activations:
 
 
 class _Attention:
-    """One layer's attention: the reference's and the start's against one model's, and where the model's goes."""
+    """One layer's attention in one model: how far from others' it is, and where it goes."""
 
-    def __init__(self, with_start: bool) -> None:
-        self.to_reference, self.to_start = AttentionSimilarity(), AttentionSimilarity() if with_start else None
+    def __init__(self) -> None:
+        self.distances = {"reference": AttentionSimilarity(), "start": AttentionSimilarity()}
         self._rows, self._on_prompt, self._on_first = 0, 0.0, 0.0
 
-    def add(self, reference, start, own, on_prompt, skip: int) -> None:
+    def add(self, own, on_prompt, skip: int, **others) -> None:
+        """`own` `[heads, n, n]`, `on_prompt` `[heads, n]`; `others`: what it is compared with, by name."""
         rows = over_input(own, skip)
-        self.to_reference.add(over_input(reference, skip), rows)
-        if self.to_start is not None:
-            self.to_start.add(over_input(start, skip), rows)
+        for name, other in others.items():
+            self.distances[name].add(over_input(other, skip), rows)
         queries = slice(skip + 1, None)
         self._rows += rows.shape[0] * rows.shape[1]
         self._on_prompt += float(on_prompt[:, queries].double().sum())
         self._on_first += float(own[:, queries, 0].double().sum())
 
-    def values(self) -> dict[str, float]:
+    def shares(self) -> dict[str, float]:
         rows = self._rows or float("nan")
-        shares = {"prompt_share": self._on_prompt / rows, "first_token_share": self._on_first / rows}
-        moved = {} if self.to_start is None else {"moved": self.to_start.values()["distance"]}
-        return self.to_reference.values() | moved | shares
+        return {"prompt_share": self._on_prompt / rows, "first_token_share": self._on_first / rows}
+
+    def values(self, moves: bool) -> dict[str, float]:
+        moved = {"moved": self.distances["start"].values()["distance"]} if moves else {}
+        return self.distances["reference"].values() | moved | self.shares()
 
 
 class Comparing:
@@ -91,20 +93,14 @@ class Comparing:
             self._add_attention(reference, models, start)
 
     def _add_attention(self, reference: ExamplePatterns, models: list[ExamplePatterns], start: int | None) -> None:
-        every = [*models, reference]
         if not self._attention:
-            self._attention = [[_Attention(start is not None) for _ in reference.attention] for _ in every]
-        begins = None if start is None else models[start]
-        for each, layers in zip(every, self._attention, strict=True):
+            self._attention = [[_Attention() for _ in reference.attention] for _ in (*models, reference)]
+        for number, (each, layers) in enumerate(zip((*models, reference), self._attention, strict=True)):
             for layer, sums in enumerate(layers):
-                from_start = None if begins is None else begins.attention[layer]
-                sums.add(
-                    reference.attention[layer],
-                    from_start,
-                    each.attention[layer],
-                    each.prompt_attention[layer],
-                    self.skip,
-                )
+                others = {} if each is reference else {"reference": reference.attention[layer]}
+                if others and start is not None and number != start:
+                    others["start"] = models[start].attention[layer]
+                sums.add(each.attention[layer], each.prompt_attention[layer], self.skip, **others)
 
     def _check_shapes(self, reference: ExamplePatterns, models: list[ExamplePatterns]) -> None:
         expected = _shape(reference)
@@ -121,11 +117,15 @@ class Comparing:
             part: _by_measure({n: [s.values(i) for s in layers] for i, n in enumerate(self.models)})
             for part, layers in self._activations.items()
         }
-        own = {name: [s.values() for s in layers] for name, layers in zip(self.models, self._attention, strict=False)}
-        attention = _by_measure(own)
+        attention = _by_measure(
+            {
+                name: [sums.values(moves=self.start not in (None, name)) for sums in layers]
+                for name, layers in zip(self.models, self._attention, strict=False)
+            }
+        )
         if self._attention:
-            shares = [sums.values()["first_token_share"] for sums in self._attention[-1]]
-            attention["first_token_share"] = {"reference": np.array(shares), **attention["first_token_share"]}
+            shares = np.array([sums.shares()["first_token_share"] for sums in self._attention[-1]])
+            attention["first_token_share"] = {"reference": shares, **attention["first_token_share"]}
         return PatternComparison(
             models=self.models,
             start=self.start,

@@ -37,6 +37,7 @@ def tables(comparison) -> str:
 
 
 def _table(measures: dict, models: list[str]) -> list[str]:
+    measures = {name: measures[name] for name in _COLUMNS if name in measures}
     lines = [f"| | {' | '.join(_COLUMNS[name] for name in measures)} |", "|---|" + "---:|" * len(measures)]
     for model in models:
         cells = [_mean(values[model]) if model in values else "" for values in measures.values()]

@@ -108,7 +108,8 @@ def jensen_shannon(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """
     both = p + q
     u = (p - q) / both.clamp(min=_TINY)
-    divergence = both / 4 * (torch.special.xlog1py(1 + u, u) + torch.special.xlog1py(1 - u, -u))
+    low = torch.finfo(u.dtype).eps - 1  # log1p(-1) is infinite, and what it is multiplied with 0
+    divergence = both / 4 * ((1 + u) * torch.log1p(u.clamp(min=low)) + (1 - u) * torch.log1p((-u).clamp(min=low)))
     return (divergence.sum(-1) / math.log(2)).clamp(0, 1).sqrt()
 
 
