@@ -435,6 +435,17 @@ def test_the_figure_has_a_panel_per_measure_and_part(comparison):
     line = next(line for line in figure.axes[0].get_lines() if line.get_label() == "IDP")
     assert line.get_ydata().tolist() == cosine.tolist()
     assert figure._repr_png_().startswith(b"\x89PNG")
+    few = comparison.plot(["closed", "prompt_share"])
+    assert len(few.axes) == 4
+    assert {line.get_label() for line in few.axes[0].get_lines()} - {"_child2"} == {"IDP", "again"}
+    with pytest.raises(ValueError, match=r"`measures` must be some of 'cosine', .*, got \['loss'\]"):
+        comparison.plot(["loss"])
+
+
+def test_a_figure_of_what_was_not_measured_is_refused():
+    result = compare_patterns(tiny("llama"), {"b": tiny("llama", seed=1)}, data(), parts="hidden", cka=False)
+    with pytest.raises(ValueError, match=r"`measures` \['closed', 'distance'\] are not in this comparison"):
+        result.plot(["closed", "distance"])
 
 
 # ---------------------------------------------------------------------- errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -59,14 +60,21 @@ class PatternComparison:
 
         return tables(self)
 
-    def plot(self):
-        """`matplotlib.figure.Figure`: every measure by layer, one line per model.
+    def plot(self, measures: Sequence[str] | None = None):
+        """`matplotlib.figure.Figure`: a panel per measure, layers from left to right, one line per model.
 
         Drawn without pyplot: no window opens, and the caller's figures and backend are left alone. A notebook shows it.
+
+        Args:
+            measures (`list[str]`, *optional*, defaults to all of them): of activations `"cosine"`, `"cka_debiased"`,
+                `"closed"` and `"aside"`, of attention `"distance"`, `"prompt_share"` and `"first_token_share"`.
+
+        Raises:
+            `ValueError`: for others, or where none of them is in this comparison.
         """
         from idp_peft.analysis.pattern_figure import draw
 
-        return draw(self)
+        return draw(self, measures)
 
     def __str__(self) -> str:
         return self.to_markdown()

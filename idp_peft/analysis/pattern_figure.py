@@ -31,42 +31,39 @@ _ATTENTION = {
 _WIDTH, _HEIGHT = 3.7, 2.5  # inches of a panel
 
 
-def draw(comparison) -> ReportFigure:
+def draw(comparison, measures=None) -> ReportFigure:
     """See [`PatternComparison.plot`]."""
-    rows = _rows(comparison)
-    columns = max(len(row) for row in rows)
+    known = (*_ACTIVATIONS, *_ATTENTION)
+    if measures is not None and not (measures and set(measures) <= set(known)):
+        raise ValueError(f"`measures` must be some of {', '.join(map(repr, known))}, got {measures}")
+    panels = [panel for panel in _panels(comparison) if measures is None or panel[1] in measures]
+    if not panels:
+        raise ValueError(f"`measures` {measures} are not in this comparison: its `parts` or `start` do not give them")
+    columns = len(comparison.activations) if len(comparison.activations) > 1 else min(3, len(panels))
+    rows = -(-len(panels) // columns)
     with matplotlib.rc_context(STYLE):
-        figure = ReportFigure(figsize=(_WIDTH * columns, _HEIGHT * len(rows) + 0.4))
+        figure = ReportFigure(figsize=(_WIDTH * columns, _HEIGHT * rows + 0.4))
         FigureCanvasAgg(figure)
-        grid = figure.add_gridspec(len(rows), columns)
-        axes = [figure.add_subplot(grid[i, j]) for i, row in enumerate(rows) for j in range(len(row))]
-        for axis, panel in zip(axes, (panel for row in rows for panel in row), strict=True):
+        axes = [figure.add_subplot(rows, columns, number) for number in range(1, len(panels) + 1)]
+        for axis, panel in zip(axes, panels, strict=True):
             _draw_panel(axis, panel, comparison)
-        for axis in axes[-len(rows[-1]) :]:
+        for axis in axes[-columns:]:
             axis.set_xlabel("layer")
         lines = {line.get_label(): line for axis in axes for line in axis.get_lines() if line.get_label()[0] != "_"}
         figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(4, len(lines)), frameon=False)
     return figure
 
 
-def _rows(comparison) -> list[list[tuple]]:
-    """Panels `(title, measure, model -> [layers])`, rows of measures by columns of parts."""
-    rows = []
-    for measure, title in _ACTIVATIONS.items():
-        row = [
-            (
-                f"{_PARTS[part]}: {title}" if len(comparison.activations) == 1 else f"{_PARTS[part]}:\n{title}",
-                measure,
-                values,
-            )
-            for part, measures in comparison.activations.items()
-            if (values := measures.get(measure))
-        ]
-        rows += [row] if row else []
-    row = [
-        (title, name, comparison.attention[name]) for name, title in _ATTENTION.items() if name in comparison.attention
+def _panels(comparison) -> list[tuple]:
+    """Panels `(title, measure, model -> [layers])`: a row per measure of activations, then attention."""
+    panels = [
+        (f"{_PARTS[part]}:\n{title}", measure, measures[measure])
+        for measure, title in _ACTIVATIONS.items()
+        for part, measures in comparison.activations.items()
+        if measures.get(measure)
     ]
-    return rows + ([row] if row else [])
+    attention = comparison.attention
+    return panels + [(title, name, attention[name]) for name, title in _ATTENTION.items() if name in attention]
 
 
 def _draw_panel(axis, panel: tuple, comparison) -> None:
@@ -75,8 +72,18 @@ def _draw_panel(axis, panel: tuple, comparison) -> None:
         axis.plot(np.arange(len(layers)), layers, label=model, linewidth=1.6, **_look(model, comparison))
     if measure in ("closed", "aside"):
         axis.axhline(0, color="black", linewidth=0.8)
+        _leave_out_first_layer(axis, list(values.values()))
     axis.set_title(title, loc="left", fontsize=10)
     axis.margins(x=0.02)
+
+
+def _leave_out_first_layer(axis, values: list) -> None:
+    """Compression hardly changes layer 0, and multiples of a gap of almost nothing would flatten all other layers."""
+    later = np.concatenate([layers[1:] for layers in values])
+    later = later[~np.isnan(later)]
+    if len(later):
+        low, high = min(0, later.min()), max(0, later.max())
+        axis.set_ylim(low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1))
 
 
 def _look(model: str, comparison) -> dict:
