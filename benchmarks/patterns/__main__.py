@@ -36,6 +36,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", default="held_out")
     parser.add_argument("--blocks", type=int, default=20, help="so many, one per document")
     parser.add_argument("--tokens", type=int, default=256, help="of a block")
+    parser.add_argument("--context", type=int, default=64, help="first tokens, by which prompts are chosen; not scored")
     parser.add_argument("--label", help="name of the base in the result (default: the folder's)")
     parser.add_argument("--output", type=Path, help="default: results/<label>.json beside this file")
     options = parser.parse_args(arguments)
@@ -94,7 +95,7 @@ def as_it_started(base, path: str, tokenizer: str):
 
 
 def blocks_of(options: argparse.Namespace) -> list[dict]:
-    """Whole blocks, at most one per document, evenly spread over the documents."""
+    """Whole blocks, at most one per document, evenly spread over the documents; labels begin behind the context."""
     from idp_peft.loading import load_tokenizer
     from idp_peft.text_data import load_texts, token_blocks
 
@@ -104,21 +105,23 @@ def blocks_of(options: argparse.Namespace) -> list[dict]:
     blocks = [block for block in blocks if len(block) == options.tokens]
     if len(blocks) < options.blocks:
         raise SystemExit(f"--blocks {options.blocks}: only {len(blocks)} documents have {options.tokens} tokens")
-    return [{"input_ids": blocks[len(blocks) * number // options.blocks]} for number in range(options.blocks)]
+    chosen = [blocks[len(blocks) * number // options.blocks] for number in range(options.blocks)]
+    return [{"input_ids": ids, "labels": [-100] * options.context + ids[options.context :]} for ids in chosen]
 
 
 def nats(model, blocks: list[dict]) -> list[float]:
-    """Loss in nats per token of each block; prompts are chosen by the block itself."""
+    """Loss in nats per token of each block behind its context, which alone chooses the prompt."""
     import torch
 
-    from idp_peft.evaluation.prompted import input_logits
+    from idp_peft.evaluation.prompted import idp_layer, input_logits
 
     losses = []
     for block in blocks:
-        ids = torch.tensor([block["input_ids"]], device=model.device)
+        ids, labels = (torch.tensor([block[name]], device=model.device) for name in ("input_ids", "labels"))
+        choice = {} if idp_layer(model) is None else {"selection_mask": labels == -100}
         with torch.no_grad():
-            logits = input_logits(model, ids, torch.ones_like(ids))[0, :-1]
-        losses.append(float(torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:])))
+            logits = input_logits(model, ids, torch.ones_like(ids), **choice)[0, :-1]
+        losses.append(float(torch.nn.functional.cross_entropy(logits.float(), labels[0, 1:])))
     return losses
 
 
@@ -137,7 +140,7 @@ def measure(options: argparse.Namespace) -> dict:
     from idp_peft.evaluation import environment
 
     blocks, models = blocks_of(options), load(options)
-    kept = ("label", "dataset", "split", "blocks", "tokens")
+    kept = ("label", "dataset", "split", "blocks", "tokens", "context")
     result = {
         "settings": {name: getattr(options, name) for name in kept},
         "environment": environment(),
@@ -145,8 +148,9 @@ def measure(options: argparse.Namespace) -> dict:
         "nats": {name: nats(model, blocks) for name, model in models.items()},
     }
     reference = models.pop("reference")
-    for name, skip in (("all_tokens", 0), ("without_first", 1)):
-        result[name] = compare_patterns(reference, models, blocks, start=COMPRESSED, skip=skip).to_dict()
+    in_short = {"parts": ("hidden", "attention")}  # where the first token matters
+    for name, settings in (("all_tokens", in_short), ("without_first", {"skip": 1})):
+        result[name] = compare_patterns(reference, models, blocks, start=COMPRESSED, **settings).to_dict()
     result["behind_prompts"] = {
         name: compare_patterns(models[on_dense(name)], {name: models[name]}, blocks).to_dict()
         for name in options.control
