@@ -99,10 +99,9 @@ def blocks_of(options: argparse.Namespace) -> list[dict]:
     from idp_peft.loading import load_tokenizer
     from idp_peft.text_data import load_texts, token_blocks
 
-    blocks = token_blocks(
-        load_tokenizer(options.dense), load_texts(options.dataset, options.split), options.tokens, per_document=1
-    )
-    blocks = [block for block in blocks if len(block) == options.tokens]
+    texts = load_texts(options.dataset, options.split)
+    length = options.tokens
+    blocks = token_blocks(load_tokenizer(options.dense), texts, length, min_tokens=length, per_document=1)
     if len(blocks) < options.blocks:
         raise SystemExit(f"--blocks {options.blocks}: only {len(blocks)} documents have {options.tokens} tokens")
     chosen = [blocks[len(blocks) * number // options.blocks] for number in range(options.blocks)]
