@@ -54,7 +54,9 @@ def test_the_benchmark_measures_models_adapters_and_controls(command, tmp_path):
     assert set(result["behind_prompts"]["IDP"]["attention"]["distance"]) == {"IDP"}
     table = options.output.with_suffix(".md").read_text()
     assert "| IDP, untrained |" in table
-    assert "## IDP beside the dense model behind the same prompts" in table
+    assert "## IDP beside the dense model with the same bank" in table
+    own, other = (result["all_tokens"]["prompt_ids"][name] for name in ("IDP", "IDP on dense"))
+    assert f"the same prompt for {sum(map(int.__eq__, own, other))} of 3 blocks" in table
     assert {file.name for file in tmp_path.glob("*.png")} == {"result-all-tokens.png", "result-without-first.png"}
 
 

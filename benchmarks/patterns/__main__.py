@@ -180,8 +180,11 @@ def markdown(result: dict) -> str:
     for title, key in (("All tokens", "all_tokens"), ("Without the first token of each block", "without_first")):
         lines += ["", f"## {title}", "", PatternComparison.from_dict(result[key]).to_markdown().rstrip()]
     for name, content in result["behind_prompts"].items():
-        title = f"{name} beside the dense model behind the same prompts"
-        lines += ["", f"## {title}", "", PatternComparison.from_dict(content).to_markdown().rstrip()]
+        own, other = (result["all_tokens"]["prompt_ids"][one] for one in (name, on_dense(name)))
+        alike = sum(one == another for one, another in zip(own, other, strict=True))
+        lines += ["", f"## {name} beside the dense model with the same bank", ""]
+        lines += [f"Each chooses for itself: the same prompt for {alike} of {len(own)} blocks.", ""]
+        lines.append(PatternComparison.from_dict(content).to_markdown().rstrip())
     return "\n".join(lines) + "\n"
 
 
