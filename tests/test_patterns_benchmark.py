@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from benchmarks.patterns import __main__ as benchmark
 from benchmarks.patterns.__main__ import measure, parse, write
 from idp_peft import IDPConfig
 from tests.reference import bank_of
@@ -77,3 +79,18 @@ def test_wrong_commands_are_refused(command, more, text, capsys):
 def test_too_little_text_is_refused(command):
     with pytest.raises(SystemExit, match="--blocks 9: only 8 documents have 16 tokens"):
         measure(parse([*command, "--blocks=9"]))
+
+
+def test_the_table_of_the_readme_is_the_result_files():
+    folder = Path(benchmark.__file__).parent
+    result = json.loads((folder / "results" / "gptq-3bit.json").read_text())
+    means = {name: sum(losses) / len(losses) for name, losses in result["nats"].items()}
+    hidden, attention = (result["without_first"][part] for part in ("activations", "attention"))
+    labels = {"IDP": "IDP, 4 x 32", "one prompt": "one prompt of 128"}
+    for name in ("IDP", "one prompt", "LoRA, budget", "LoRA, rank 16", "IDP, untrained"):
+        recovery = (means["compressed"] - means[name]) / (means["compressed"] - means["reference"])
+        layers = [hidden["hidden"][measure][name] for measure in ("distance", "closed", "aside")]
+        distance, closed, aside, prompt = (sum(x) / len(x) for x in (*layers, attention["prompt_share"][name]))
+        shown = f"{prompt:.2f} |" if prompt else "|"
+        row = f"| {labels.get(name, name)} | {100 * recovery:.1f} % | {distance:.3f} | {closed:.2f} | {aside:.2f} | {shown}"
+        assert row in (folder / "README.md").read_text()
