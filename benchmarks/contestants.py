@@ -49,7 +49,7 @@ def with_method(base, method: str, num_prompts: int = 4, num_virtual_tokens: int
     from idp_peft import IDPConfig
     from idp_peft.recover.methods import nearest_lora
 
-    model = _sharing_weights(base)
+    model = sharing_weights(base)
     if method == "base alone":
         return model.eval()
     common = {"task_type": "CAUSAL_LM"}
@@ -71,7 +71,7 @@ def with_method(base, method: str, num_prompts: int = 4, num_virtual_tokens: int
     return get_peft_model(model, config).eval()
 
 
-def _sharing_weights(base):
+def sharing_weights(base):
     """A copy whose tensors are the base's own: contestants share memory, and caches hit them alike."""
     kept = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
     return copy.deepcopy(base, kept)

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import RepoCard
+from peft import LoraConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from idp_peft import IDPConfig
 from idp_peft_cli.parsing import WrongUseError, parse
 from tests.hub_server import HubServer, metadata_errors, only_hub
 from tests.tiny import tiny
@@ -98,6 +100,25 @@ def test_the_report_has_its_table_and_figure(after):
     _, here, names = after
     assert len(names["table"]) == names["report"].num_prompts == 4
     assert (here / "selection.png").stat().st_size > 10_000
+
+
+def test_the_page_on_patterns_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("dense", "compressed")):
+        tiny("llama", seed=seed).save_pretrained(name)
+        letters().save_pretrained(name)
+    configs = {"idp-adapter": IDPConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)}
+    configs["lora-adapter"] = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+    for name, config in configs.items():
+        get_peft_model(tiny("llama", seed=1), config).save_pretrained(name)
+    names: dict = {}
+    for number, code in enumerate(blocks((DOCS / "patterns.md").read_text(encoding="utf-8"), "python"), 1):
+        exec(compile(code, f"patterns.md, block {number}", "exec"), names)
+    assert (tmp_path / "patterns.png").stat().st_size > 10_000
+    assert names["closed"].shape == (3,)
+    assert names["tokens"].shape == (sum(map(len, names["texts"])), 32)
+    assert repr(names["same"]) == repr(names["recorded"])
+    assert names["recorded"].prompt_ids == {"forced": [0, 0]}
 
 
 def commands(page: str) -> list[list[str]]:

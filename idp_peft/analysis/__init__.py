@@ -1,4 +1,5 @@
-"""What a trained adapter does: which prompts are chosen, by what margin, and whether the choice is any good.
+"""What a trained adapter does: which prompts are chosen, by what margin, whether the choice is any good, and how activations
+and attention change.
 
 Importing this is light; each name imports what it needs when it is first used.
 """
@@ -9,9 +10,14 @@ import importlib
 
 # name -> the module that defines it
 _ON_USE = {
+    "ExamplePatterns": "taps",
+    "PatternComparison": "pattern_comparison",
+    "PatternRecording": "recording",
     "SelectionCallback": "callback",
     "SelectionReport": "report",
     "attention_map": "maps",
+    "compare_patterns": "patterns",
+    "record_patterns": "recording",
     "selection_report": "measure",
 }
 

@@ -10,15 +10,15 @@ import torch
 
 
 @contextmanager
-def quietly(model, layer):
+def quietly(model, layer=None):
     """Evaluation mode without gradients; every module's own mode and `last_selection` come back, after errors too.
 
     Args:
         model (`nn.Module`): any wrapping of the model.
-        layer (`IDPLayer`): whose latest choice is kept.
+        layer (`IDPLayer`, *optional*): whose latest choice is kept, of a model with an IDP adapter.
     """
     training = [module for module in model.modules() if module.training]
-    before = layer.last_selection
+    before = None if layer is None else layer.last_selection
     model.eval()
     try:
         with torch.no_grad():
@@ -26,7 +26,8 @@ def quietly(model, layer):
     finally:
         for module in training:
             module.training = True
-        layer.remember(before)
+        if layer is not None:
+            layer.remember(before)
 
 
 @contextmanager
