@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +30,11 @@ def cell(path: Path, settings: dict, measure: Callable[[], dict]) -> dict:
                 "another --results"
             )
         return content
+    wall, processor = time.perf_counter(), time.process_time()
     content = {"format": FORMAT, "settings": settings, **measure()}
+    # On a machine that is shared, the time on the processor is the one that means something.
+    content["seconds"] = round(time.perf_counter() - wall, 1)
+    content["processor_seconds"] = round(time.process_time() - processor, 1)
     write(path, content)
     return content
 
