@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.biographies import cells, compressing, leaks, memorise, plan, recall, repair, summary, tuning
+from benchmarks.biographies import cells, compressing, leaks, memorise, plan, recall, repair, summary, tables, tuning
 from benchmarks.biographies.people import GROUPS, VALUES, people
 from benchmarks.biographies.text import PER_FACT, TEMPLATES, biographies, question
 from benchmarks.biographies.tokenizer import make_tokenizer
@@ -303,3 +304,73 @@ def test_the_learning_rate_taken_is_the_best_of_the_validation_people_over_all_s
         content = {"settings": settings, "recall": {"validation": validation, "repaired-on": repaired}}
         cells.write(tmp_path / "tuning" / f"seed-{tuning.PILOT_SEED}" / strength / f"{rate}.json", content)
     assert tuning.chosen(tmp_path) == {("idp", "distillation"): 2}
+
+
+# ---------------------------------------------------------------------- report
+
+
+def write_made_up(folder: Path, seeds=(0, 1)) -> None:
+    """Result files of a dense and a compressed model, IDP and LoRA: 5, 1, 2 and 3 of five facts known by everybody, none of
+    unknown people; and one trial of the pilot for each."""
+    environment = dict.fromkeys(["processor", "threads", "torch", "transformers", "peft", "llmcompressor"], "x")
+    known = {("dense", None): 5, ("half", None): 1, ("dense", "idp"): 4, ("dense", "lora-rank-16"): 5}
+    known |= {("half", "idp"): 2, ("half", "lora-rank-16"): 3}
+    for (strength, method), count in known.items():
+        settings = {"strength": strength, "method": method, "objective": method and "language modelling"}
+        for seed in seeds:
+            people_of = {f"{group} {i}": made_up_entry(group, count) for group in GROUPS for i in range(9)}
+            content = {"settings": {"seed": seed, **settings}, "environment": environment, "people": people_of}
+            cells.write(folder / f"seed-{seed}" / strength / f"{method or 'base'}.json", content)
+        recalls = dict.fromkeys(tuning.MEASURED, count / 5)
+        trial = {"settings": {**settings, "learning_rate": method and 0.5}, "recall": recalls}
+        cells.write(folder / "tuning" / f"seed-{tuning.PILOT_SEED}" / strength / f"{method or 'base'}.json", trial)
+
+
+def made_up_entry(group: str, count: int) -> dict:
+    count = 0 if group == "unknown" else count
+    columns = dict.fromkeys(("answer", "among", "kind", "rank", "nats"), [1] * count + [0] * (5 - count))
+    return {"group": group, "seen": columns, "kept_back": columns}
+
+
+def test_the_report_says_what_the_files_hold(tmp_path):
+    write_made_up(tmp_path)
+    tables.main(["--results", str(tmp_path)])
+    report = (tmp_path / "report.md").read_text()
+    assert "People: 18 held-out, 18 repaired-on, 18 calibration, 18 unknown" in report
+    recovery = report.split("## Recovery of the recall of held-out people")[1].split("##")[0]
+    assert "| half | 25.0 % [25.0, 25.0] (25 25) | 50.0 % [50.0, 50.0] (50 50) |" in recovery
+    recall_rows = report.split("## Recall of held-out people, %")[1].split("##")[0]
+    assert "| dense | 100.0 | 80.0 | 100.0 |\n| half | 20.0 | 40.0 | 60.0 |" in recall_rows
+    control = report.split("points of recall gained or lost")[1].split("##")[0]
+    assert "| held-out | -20.0 [-20.0, -20.0] | +0.0 [+0.0, +0.0] |" in control
+    assert "| half | IDP, 4 x 16 - LoRA, rank 16 | -20.0 [-20.0, -20.0] | p < 0.001 |" in report
+    assert "all 6 models: from 0.0 % to 0.0 %; 0 of the intervals lie above chance" in report
+    assert "| IDP, 4 x 16 | language modelling | 0.5 | 80.0 / 80.0 | 40.0 / 40.0 | taken |" in report
+    assert (tmp_path / "recall.png").stat().st_size > 10_000
+
+
+def test_a_seed_that_is_not_over_is_left_out(tmp_path):
+    write_made_up(tmp_path)
+    (tmp_path / "seed-1" / "half" / "idp.json").unlink()
+    assert tables.Report(tmp_path).seeds == [0]
+
+
+def test_the_results_kept_are_whole_and_the_readme_shows_their_tables():
+    report, readme = (FOLDER / "results" / "report.md").read_text(), (FOLDER / "README.md").read_text()
+    assert tables.markdown(FOLDER / "results") == report
+    found = re.findall(r"<!-- (.*?): begin -->\n(.*?)<!-- .*?: end -->", readme, re.DOTALL)
+    assert len(found) >= 3
+    for _name, table in found:
+        assert len(table) > 150
+        assert table in report
+
+
+def test_every_learning_rate_of_the_results_is_the_one_the_pilot_chose():
+    rates, seen = tuning.chosen(FOLDER / "results"), 0
+    for path in (FOLDER / "results").glob("seed-*/*/*.json"):
+        settings = json.loads(path.read_text())["settings"]
+        assert settings["seed"] != tuning.PILOT_SEED
+        if settings["method"]:
+            assert settings["learning_rate"] == rates[settings["method"], settings["objective"]], path
+            seen += 1
+    assert seen

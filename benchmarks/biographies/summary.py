@@ -18,9 +18,7 @@ from idp_peft.report.statistics import holm
 
 DENSE = "dense"
 COMPRESSED = "compressed"
-# (template, column) of `recall.measure`; the first is what is called recall.
-MEASURES = (("seen", "answer"), ("kept_back", "answer"), ("seen", "among"), ("seen", "kind"), ("seen", "nats"))
-RECALL = MEASURES[0]
+RECALL = ("seen", "answer")  # template and column of `recall.measure`
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Summary:
     Args:
         cells (`list[Cell]`): of any number of seeds. Only what every seed has is averaged.
         group (`str`): whose recall.
-        measure (`tuple[str, str]`): of `MEASURES`.
+        measure (`tuple[str, str]`): template and column of `recall.measure`.
         facts (`int`): per person.
 
     Raises:

@@ -24,7 +24,8 @@ OTHER_MEASURES = {
     ("kept_back", "answer"): "Recall in the template kept back: no text ever stated this fact of this person in it",
     ("seen", "among"): "Recall among the 40 values of the fact: the likeliest of them is the right one",
     ("seen", "kind"): "Answers of the right kind: the likeliest word is one of the 40 values",
-    ("seen", "nats"): "Nats: mean -log p(value)",
+    ("seen", "rank"): "Mean rank of the value among the 40, 1 to 40; 20.5 by chance",
+    ("seen", "nats"): "Mean -log p(value), nats",
 }
 
 
@@ -143,10 +144,7 @@ def tuning_table(folder: Path) -> list[str]:
 def markdown(folder: Path) -> str:
     """The whole report."""
     report = Report(folder)
-    count = {
-        group: sum(len(means.columns and means.weights) for means in report.summary(group).per_seed.values())
-        for group in GROUPS
-    }
+    count = {group: sum(means.items for means in report.summary(group).per_seed.values()) for group in GROUPS}
     lines = ["# Displaced or forgotten: recall of facts about synthetic people", ""]
     lines += [
         _made_with(report),
@@ -160,6 +158,7 @@ def markdown(folder: Path) -> str:
         lines += ["", f"## Recovery of the recall of {group} people", "", *recovery_table(report, group)]
     for group in GROUPS:
         lines += ["", f"## Recall of {group} people, %", "", *recall_table(report, group)]
+    lines += ["", _unknown(report)]
     lines += [
         "",
         "## The same training on the dense model: points of recall gained or lost",
@@ -170,8 +169,8 @@ def markdown(folder: Path) -> str:
         lines += ["", f"## Held-out recall, paired ({objective})", "", *comparison_table(report, objective)]
     for measure, title in OTHER_MEASURES.items():
         for group in ("held-out", "repaired-on", "unknown"):
-            digits, scale = (2, 1) if measure[1] == "nats" else (1, 100)
-            unit = "" if measure[1] == "nats" else ", %"
+            digits, scale = {"nats": (2, 1), "rank": (1, 1)}.get(measure[1], (1, 100))
+            unit = "" if scale == 1 else ", %"
             lines += ["", f"## {title} ({group}{unit})", "", *recall_table(report, group, measure, digits, scale)]
     lines += ["", "## The pilot: recall of compressed models, %", "", *_pilot_rows(folder)]
     lines += [
@@ -181,6 +180,17 @@ def markdown(folder: Path) -> str:
         *tuning_table(folder),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _unknown(report: Report) -> str:
+    """Whether anything tells facts that no text ever told."""
+    means = report.summary("unknown").all
+    found = {pair: means.mean(pair) for pair in means.points}
+    above = [pair for pair, one in found.items() if one.interval[0] > CHANCE]
+    return (
+        f"Unknown people, all {len(found)} models: from {100 * min(one.value for one in found.values()):.1f} % to "
+        f"{100 * max(one.value for one in found.values()):.1f} %; {len(above)} of the intervals lie above chance."
+    )
 
 
 def _pilot_rows(folder: Path) -> list[str]:
