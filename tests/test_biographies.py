@@ -215,7 +215,7 @@ def few(monkeypatch, tmp_path):
     return plan.Seed(0, tmp_path / "results", tmp_path / "runs")
 
 
-def test_a_repair_changes_answers_and_leaves_the_base_as_it_was(few):
+def test_a_repair_changes_answers_and_leaves_the_base_as_it_was(few, monkeypatch):
     from idp_peft.fingerprint import fingerprint
     from idp_peft.loading import load_model
 
@@ -229,6 +229,13 @@ def test_a_repair_changes_answers_and_leaves_the_base_as_it_was(few):
         assert found["people"] != dense["people"]
         assert found["people"].keys() == dense["people"].keys()
     assert len(list((few.results / "seed-0" / "dense").glob("*.json"))) == 1 + len(repair.METHODS)
+
+    def careless(model, *_):
+        model.get_base_model().lm_head.weight.data[3] += 1
+
+    monkeypatch.setattr(repair, "_train", careless)
+    with pytest.raises(RuntimeError, match="changed the base model's weights"):
+        few.repaired("dense", "idp", "language modelling", 1e-2, "careless")
 
 
 @needs_llmcompressor
@@ -303,7 +310,10 @@ def test_the_learning_rate_taken_is_the_best_of_the_validation_people_over_all_s
         settings = {"strength": strength, "method": "idp", "objective": "distillation", "learning_rate": rate}
         content = {"settings": settings, "recall": {"validation": validation, "repaired-on": repaired}}
         cells.write(tmp_path / "tuning" / f"seed-{tuning.PILOT_SEED}" / strength / f"{rate}.json", content)
-    assert tuning.chosen(tmp_path) == {("idp", "distillation"): 2}
+    settings |= {"learning_rate": 3, "steps": 800}
+    content = {"settings": settings, "recall": {"validation": 1.0, "repaired-on": 1.0}}
+    cells.write(tmp_path / "tuning" / f"seed-{tuning.PILOT_SEED}" / "a" / "longer.json", content)
+    assert tuning.chosen(tmp_path) == {("idp", "distillation"): 2}, "more steps are no way to choose a learning rate"
 
 
 # ---------------------------------------------------------------------- report
@@ -324,6 +334,9 @@ def write_made_up(folder: Path, seeds=(0, 1)) -> None:
         recalls = dict.fromkeys(tuning.MEASURED, count / 5)
         trial = {"settings": {**settings, "learning_rate": method and 0.5}, "recall": recalls}
         cells.write(folder / "tuning" / f"seed-{tuning.PILOT_SEED}" / strength / f"{method or 'base'}.json", trial)
+        if (strength, method) == ("half", "idp"):
+            longer = {"settings": {**trial["settings"], "steps": 800}, "recall": dict.fromkeys(tuning.MEASURED, 0.45)}
+            cells.write(folder / "tuning" / f"seed-{tuning.PILOT_SEED}" / strength / "longer.json", longer)
 
 
 def made_up_entry(group: str, count: int) -> dict:
@@ -346,6 +359,7 @@ def test_the_report_says_what_the_files_hold(tmp_path):
     assert "| half | IDP, 4 x 16 - LoRA, rank 16 | -20.0 [-20.0, -20.0] | p < 0.001 |" in report
     assert "all 6 models: from 0.0 % to 0.0 %; 0 of the intervals lie above chance" in report
     assert "| IDP, 4 x 16 | language modelling | 0.5 | 80.0 / 80.0 | 40.0 / 40.0 | taken |" in report
+    assert "| IDP, 4 x 16 | half | 40.0 / 40.0 | 45.0 / 45.0 |" in report
     assert (tmp_path / "recall.png").stat().st_size > 10_000
 
 

@@ -38,6 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     tuning.tune(options.results, options.runs, options.objectives)
+    if OBJECTIVES[0] in options.objectives:
+        tuning.try_longer(options.results, options.runs)
     rates = tuning.chosen(options.results)
     began = time.perf_counter()
     for number in options.seeds:

@@ -20,7 +20,7 @@ STRENGTHS = {
     "gptq-3bit": Recipe("gptq", bits=3),
     "gptq-2bit": Recipe("gptq", bits=2),
 }
-REPAIRED = tuple(name for name in STRENGTHS if name.startswith("sparsegpt"))
+REPAIRED = tuple(name for name in STRENGTHS if name.startswith("sparsegpt") and name != "sparsegpt-65")
 CALIBRATION = {"samples": 64, "tokens": 128, "biographies": 800}
 GROUP_SIZE = 64
 

@@ -64,21 +64,18 @@ def _panel(axis, report, group: str, objective: str) -> None:
             [100 * (one.interval[1] - one.value) for one in found],
         ]
         shifted = [place + 0.06 * (number - (len(lines) - 1) / 2) for place in places]
-        label = "not repaired" if repair is None else NAMES[repair[0]]
+        label = NAMES[repair and repair[0]]
         axis.errorbar(
             shifted, values, errors, color=colour, marker=marker, linestyle=dash, markersize=5, label=label, capsize=2
         )
     axis.axhline(100 * CHANCE, color="#888888", linewidth=1, linestyle=":")
-    axis.annotate(
-        "chance",
-        (places[-1], 100 * CHANCE),
-        (0, 4),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8,
-        color="#666666",
-    )
-    axis.set_xticks(list(places), [DENSE, *report.strengths], rotation=25, ha="right", fontsize=9)
+    axis.annotate("chance", (-0.3, 100 * CHANCE), (0, 13), textcoords="offset points", fontsize=8, color="#666666")
+    axis.set_xticks(list(places), [_tick(name) for name in (DENSE, *report.strengths)], fontsize=9)
+    axis.set_xlabel("zeros among the weights of the linear layers (SparseGPT)", fontsize=9)
     axis.set_ylim(-3, 105)
     axis.grid(axis="y", color="#dddddd", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _tick(strength: str) -> str:
+    return strength.replace("sparsegpt-", "") + (" %" if strength.startswith("sparsegpt-") else "")

@@ -77,19 +77,26 @@ class Seed:
         return compressing.compress(self.model(DENSE), strength, folder, texts, self.number)
 
     def repaired(
-        self, strength: str, method: str, objective: str, learning_rate: float, name: str | None = None
+        self,
+        strength: str,
+        method: str,
+        objective: str,
+        learning_rate: float,
+        name: str | None = None,
+        steps: int | None = None,
     ) -> dict:
-        """One repair of one model, measured."""
+        """One repair of one model, measured; `steps` `None`: as many as every repair has."""
         settings = {
             "seed": self.number,
             "strength": strength,
             "method": method,
             "objective": objective,
             "learning_rate": learning_rate,
+            **({} if steps is None else {"steps": steps}),
         }
         name = name or f"{method}-{objective.replace(' ', '-')}"
         path = self.results / f"seed-{self.number}" / strength / f"{name}.json"
-        return cell(path, settings, lambda: self._repaired(strength, method, objective, learning_rate))
+        return cell(path, settings, lambda: self._repaired(strength, method, objective, learning_rate, steps))
 
     def _base(self, strength: str) -> dict:
         from idp_peft.loading import load_model
@@ -97,13 +104,15 @@ class Seed:
         made = self.make(strength)
         return self._measured(load_model(str(self.model(strength))), {"made": made})
 
-    def _repaired(self, strength: str, method: str, objective: str, learning_rate: float) -> dict:
+    def _repaired(self, strength: str, method: str, objective: str, learning_rate: float, steps: int | None) -> dict:
         from benchmarks.biographies.repair import repair
 
         self.make(strength)
         began = time.perf_counter()
         teacher = self.model(DENSE) if objective == "distillation" else None
-        model, record = repair(self.model(strength), method, self.repair_texts, learning_rate, self.number, teacher)
+        model, record = repair(
+            self.model(strength), method, self.repair_texts, learning_rate, self.number, teacher, steps
+        )
         record["seconds"] = round(time.perf_counter() - began, 1)
         return self._measured(model, {"training": record})
 

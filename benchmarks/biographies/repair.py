@@ -35,7 +35,15 @@ def repair_texts(everyone: list[Person], seed: int) -> list[str]:
     return texts
 
 
-def repair(folder: Path, method: str, texts: list[str], learning_rate: float, seed: int, teacher: Path | None = None):
+def repair(
+    folder: Path,
+    method: str,
+    texts: list[str],
+    learning_rate: float,
+    seed: int,
+    teacher: Path | None = None,
+    steps: int | None = None,
+):
     """Train one repair of the model in `folder`.
 
     Returns:
@@ -53,6 +61,7 @@ def repair(folder: Path, method: str, texts: list[str], learning_rate: float, se
     from idp_peft.recover.methods import corpus_starts, method_config
     from idp_peft.recover.training import training_examples
 
+    steps = STEPS if steps is None else steps
     tokenizer, model = load_tokenizer(str(folder)), load_model(str(folder), for_training=True)
     probe = probe_gradients(model)
     before = fingerprint(model)
@@ -63,12 +72,12 @@ def repair(folder: Path, method: str, texts: list[str], learning_rate: float, se
     starts = corpus_starts(tokenizer, [one + two for one, two in pairwise(blocks)], options)
     model = get_peft_model(model, method_config(model, options, starts))
     examples = training_examples(blocks, NAME_TOKENS)
-    losses = _train(model, examples, learning_rate, seed, teacher)
+    losses = _train(model, examples, learning_rate, seed, teacher, steps)
     if fingerprint(model) != before:
         raise RuntimeError(f"repairing {folder} with {method} changed the base model's weights")
     record = {
         "learning_rate": learning_rate,
-        "steps": STEPS,
+        "steps": steps,
         "batch": BATCH,
         "trainable_parameters": model.get_nb_trainable_parameters()[0],
         "gradient_probe": str(probe),
@@ -78,7 +87,7 @@ def repair(folder: Path, method: str, texts: list[str], learning_rate: float, se
     return model.eval(), record
 
 
-def _train(model, examples, learning_rate: float, seed: int, teacher: Path | None) -> list[float]:
+def _train(model, examples, learning_rate: float, seed: int, teacher: Path | None, steps: int) -> list[float]:
     from transformers import TrainingArguments
 
     from idp_peft.loading import accepted_by_trainer, load_model
@@ -86,13 +95,13 @@ def _train(model, examples, learning_rate: float, seed: int, teacher: Path | Non
 
     arguments = TrainingArguments(
         output_dir="runs/biographies/trainer",
-        max_steps=STEPS,
+        max_steps=steps,
         per_device_train_batch_size=BATCH,
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=STEPS // 10,
+        warmup_steps=steps // 10,
         weight_decay=0.0,
-        logging_steps=STEPS // 5,
+        logging_steps=steps // 5,
         save_strategy="no",
         report_to="none",
         remove_unused_columns=False,

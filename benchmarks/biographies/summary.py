@@ -17,7 +17,6 @@ from idp_peft.report.bootstrap import Averaged, Means, Resampled
 from idp_peft.report.statistics import holm
 
 DENSE = "dense"
-COMPRESSED = "compressed"
 RECALL = ("seen", "answer")  # template and column of `recall.measure`
 
 

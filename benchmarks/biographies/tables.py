@@ -6,14 +6,16 @@ import argparse
 import json
 from pathlib import Path
 
+from benchmarks.biographies import tuning
 from benchmarks.biographies.people import CHANCE
-from benchmarks.biographies.summary import COMPRESSED, DENSE, Cell, Summary, comparisons, key, read_cells
+from benchmarks.biographies.repair import STEPS
+from benchmarks.biographies.summary import DENSE, Cell, Summary, comparisons, key, read_cells
 from benchmarks.biographies.tuning import chosen, pilot_damage, tried
 from idp_peft.report.formatting import number, p_value
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = {
-    None: COMPRESSED,
+    None: "not repaired",
     "idp": "IDP, 4 x 16",
     "one-prompt": "one prompt of 64",
     "lora-same-size": "LoRA of the same size",
@@ -85,9 +87,9 @@ def recall_table(
     return rows
 
 
-def recovery_table(report: Report, group: str) -> list[str]:
+def recovery_table(report: Report, group: str, measure: tuple[str, str] = ("seen", "answer")) -> list[str]:
     """(recovered - compressed) / (dense - compressed), with its interval and every seed's own value."""
-    summary = report.summary(group)
+    summary = report.summary(group, measure)
     rows = _head(["", *[_title(repair, report) for repair in report.repairs]])
     for strength in report.strengths:
         cells = []
@@ -114,7 +116,7 @@ def comparison_table(report: Report, objective: str) -> list[str]:
     made = comparisons(report.summary("held-out"), report.strengths, repairs, ("idp", objective))
     rows = ["| strength | | points of recall | p (Holm) |", "|---|---|---:|---:|"]
     for one in made:
-        right = COMPRESSED if one["right"] is None else NAMES[one["right"][0]]
+        right = NAMES[one["right"] and one["right"][0]]
         pair = f"{NAMES[one['left'][0]]} - {right}"
         rows.append(_row([one["strength"], pair, _difference(one["difference"]), p_value(one["p_holm"])]))
     return rows
@@ -141,6 +143,23 @@ def tuning_table(folder: Path) -> list[str]:
     return rows
 
 
+def longer_table(folder: Path) -> list[str]:
+    """The learning rate that was taken, with the usual steps and with more."""
+    usual = {
+        (trial["method"], trial["objective"], trial["strength"], trial["learning_rate"]): trial
+        for trial in tried(folder)
+    }
+    rows = _head(["method", "model", f"{STEPS} steps", f"{tuning.LONGER} steps"])
+    for trial in tuning.longer(folder):
+        before = usual[trial["method"], trial["objective"], trial["strength"], trial["learning_rate"]]
+        cells = [
+            f"{100 * one['recall']['validation']:.1f} / {100 * one['recall']['repaired-on']:.1f}"
+            for one in (before, trial)
+        ]
+        rows.append(_row([NAMES[trial["method"]], trial["strength"], *cells]))
+    return rows
+
+
 def markdown(folder: Path) -> str:
     """The whole report."""
     report = Report(folder)
@@ -156,6 +175,8 @@ def markdown(folder: Path) -> str:
     ]
     for group in ("held-out", "repaired-on"):
         lines += ["", f"## Recovery of the recall of {group} people", "", *recovery_table(report, group)]
+        lines += ["", f"## The same of recall among the 40 values of the fact ({group})", ""]
+        lines += recovery_table(report, group, ("seen", "among"))
     for group in GROUPS:
         lines += ["", f"## Recall of {group} people, %", "", *recall_table(report, group)]
     lines += ["", _unknown(report)]
@@ -179,6 +200,8 @@ def markdown(folder: Path) -> str:
         "",
         *tuning_table(folder),
     ]
+    lines += ["", f"## The pilot: {tuning.LONGER} steps instead of {STEPS} (validation / repaired-on people, %)", ""]
+    lines += longer_table(folder)
     return "\n".join(lines) + "\n"
 
 
@@ -214,7 +237,7 @@ def _made_with(report: Report) -> str:
 
 def _title(repair: tuple[str, str] | None, report: Report) -> str:
     if repair is None:
-        return COMPRESSED
+        return NAMES[None]
     return NAMES[repair[0]] + (f", {repair[1]}" if len(report.objectives) > 1 else "")
 
 

@@ -15,6 +15,7 @@ from benchmarks.biographies.plan import DENSE, Seed
 PILOT_SEED = 100
 MEASURED = ("repaired-on", "validation", "unknown")
 DAMAGED = ("sparsegpt-60",)  # in the middle of the axis: much is lost, and much is left to build on
+LONGER = 800  # steps
 GRID = {
     "idp": (3e-3, 1e-2, 3e-2, 1e-1),
     "one-prompt": (3e-3, 1e-2, 3e-2, 1e-1),
@@ -41,8 +42,28 @@ def tune(results: Path, runs: Path, objectives: list[str]) -> None:
                     print(f"pilot {strength}, {name}: {found}", flush=True)
 
 
+def try_longer(results: Path, runs: Path) -> None:
+    """Whether more steps would change the picture: the learning rate taken, for prompts and for a LoRA of their size."""
+    seed, rates = pilot(results, runs), chosen(results)
+    for strength in DAMAGED:
+        for method in ("idp", "lora-same-size"):
+            rate, objective = rates[method, "language modelling"], "language modelling"
+            name = f"{method}-{objective.replace(' ', '-')}-{LONGER}-steps"
+            found = seed.repaired(strength, method, objective, rate, name, LONGER)["recall"]
+            print(f"pilot {strength}, {name}: {found}", flush=True)
+
+
 def tried(results: Path) -> list[dict]:
-    """Settings and recall of every repair tried."""
+    """Settings and recall of every repair tried with the usual number of steps."""
+    return [trial for trial in _trials(results) if "steps" not in trial]
+
+
+def longer(results: Path) -> list[dict]:
+    """The same of those with more steps."""
+    return [trial for trial in _trials(results) if "steps" in trial]
+
+
+def _trials(results: Path) -> list[dict]:
     folder = results / "tuning" / f"seed-{PILOT_SEED}"
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/*.json"))]
     return [
