@@ -330,6 +330,7 @@ def write_made_up(folder: Path, seeds=(0, 1)) -> None:
         for seed in seeds:
             people_of = {f"{group} {i}": made_up_entry(group, count) for group in GROUPS for i in range(9)}
             content = {"settings": {"seed": seed, **settings}, "environment": environment, "people": people_of}
+            content |= {"seconds": 60, "processor_seconds": 30}
             cells.write(folder / f"seed-{seed}" / strength / f"{method or 'base'}.json", content)
         recalls = dict.fromkeys(tuning.MEASURED, count / 5)
         trial = {"settings": {**settings, "learning_rate": method and 0.5}, "recall": recalls}
@@ -349,6 +350,7 @@ def test_the_report_says_what_the_files_hold(tmp_path):
     write_made_up(tmp_path)
     tables.main(["--results", str(tmp_path)])
     report = (tmp_path / "report.md").read_text()
+    assert "12 measurements took 6 minutes on the processor, 12 by the clock of a shared core." in report
     assert "People: 18 held-out, 18 repaired-on, 18 calibration, 18 unknown" in report
     recovery = report.split("## Recovery of the recall of held-out people")[1].split("##")[0]
     assert "| half | 25.0 % [25.0, 25.0] (25 25) | 50.0 % [50.0, 50.0] (50 50) |" in recovery
@@ -373,10 +375,26 @@ def test_the_results_kept_are_whole_and_the_readme_shows_their_tables():
     report, readme = (FOLDER / "results" / "report.md").read_text(), (FOLDER / "README.md").read_text()
     assert tables.markdown(FOLDER / "results") == report
     found = re.findall(r"<!-- (.*?): begin -->\n(.*?)<!-- .*?: end -->", readme, re.DOTALL)
-    assert len(found) >= 3
+    assert len(found) >= 4
+    assert re.search(r"\d+ measurements took .*? core\.", report).group() in " ".join(readme.split())
     for _name, table in found:
         assert len(table) > 150
         assert table in report
+
+
+def test_the_sentence_of_the_readme_says_what_the_table_does():
+    report = tables.Report(FOLDER / "results")
+    readme = " ".join((FOLDER / "README.md").read_text().split())
+
+    def percents(method: str, measure=summary.RECALL) -> str:
+        found = report.summary("held-out", measure)
+        repair = (method, "language modelling")
+        *most, last = [f"{100 * found.recovery(strength, repair).value:.0f}" for strength in report.strengths]
+        return f"{', '.join(most)} and {last} %"
+
+    assert f"brings back {percents('lora-same-size')} of what held-out people lost" in readme
+    assert f"IDP {percents('idp')}." in readme
+    assert f"the LoRA brings back {percents('lora-same-size', ('seen', 'among'))}." in readme
 
 
 def test_every_learning_rate_of_the_results_is_the_one_the_pilot_chose():

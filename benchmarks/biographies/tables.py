@@ -231,8 +231,16 @@ def _made_with(report: Report) -> str:
     return (
         f"Seeds {', '.join(map(str, report.seeds))}. {environment['processor']}, {environment['threads']} thread; torch "
         f"{environment['torch']}, transformers {environment['transformers']}, peft {environment['peft']}, llmcompressor "
-        f"{environment['llmcompressor']}."
+        f"{environment['llmcompressor']}. {_time(report)}"
     )
+
+
+def _time(report: Report) -> str:
+    """How long the seeds took: by the clock of a core that others used as well, and on the processor."""
+    paths = [path for seed in report.seeds for path in report.folder.glob(f"seed-{seed}/*/*.json")]
+    cells = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    processor, clock = (sum(cell[name] for cell in cells) / 60 for name in ("processor_seconds", "seconds"))
+    return f"{len(cells)} measurements took {processor:.0f} minutes on the processor, {clock:.0f} by the clock of a shared core."
 
 
 def _title(repair: tuple[str, str] | None, report: Report) -> str:
