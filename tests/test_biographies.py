@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.biographies import cells, compressing, leaks, memorise, plan, recall, repair, summary, tables, tuning
 from benchmarks.biographies.people import GROUPS, VALUES, people
 from benchmarks.biographies.text import PER_FACT, TEMPLATES, biographies, question
 from benchmarks.biographies.tokenizer import make_tokenizer
+from idp_peft.recover.methods import nearest_lora
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "biographies"
 needs_llmcompressor = pytest.mark.skipif(
@@ -395,6 +397,24 @@ def test_the_sentence_of_the_readme_says_what_the_table_does():
     assert f"brings back {percents('lora-same-size')} of what held-out people lost" in readme
     assert f"IDP {percents('idp')}." in readme
     assert f"the LoRA brings back {percents('lora-same-size', ('seen', 'among'))}." in readme
+
+
+def test_the_sizes_of_the_readme_are_those_trained():
+    """And the LoRA of the same size is the one that it describes."""
+    readme = " ".join((FOLDER / "README.md").read_text().split())
+    sizes = {}
+    for path in (FOLDER / "results").glob("seed-*/*/*-language-modelling.json"):
+        content = json.loads(path.read_text())
+        sizes.setdefault(content["settings"]["method"], set()).add(content["training"]["trainable_parameters"])
+    (size,), (larger,) = sizes["idp"], sizes["lora-rank-16"]
+    assert sizes["one-prompt"] == sizes["lora-same-size"] == {size}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(make_tokenizer()), **memorise.SHAPE))
+    targets, rank = nearest_lora(model, size)
+    assert set(targets) == {"q_proj", "v_proj"}
+    assert f"rank {rank} on the query and value projections; all three have {size:,} parameters" in readme
+    assert f"a LoRA of rank 16 on all linear layers ({larger:,})" in readme
+    assert f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters" in readme
 
 
 def test_every_learning_rate_of_the_results_is_the_one_the_pilot_chose():
