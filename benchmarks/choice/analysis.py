@@ -10,7 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.choice.agreement import draw_items, permutation_p, resampled_two_way, two_way, within_items
+from benchmarks.choice.agreement import (
+    between_items,
+    draw_items,
+    permutation_p,
+    resampled_two_way,
+    two_way,
+    within_items,
+)
 from benchmarks.choice.records import Bank
 from idp_peft.report.bootstrap import Estimate, Resampled, interval
 from idp_peft.report.choices import ORACLE, RANDOM, SINGLE, cross_fitted, other_uses
@@ -31,6 +38,7 @@ class Row:
         two_way (`Estimate`): two-way centred correlation; its `p` is the permutation test's.
         over_random, over_single (`Estimate`): nats per token of the choice minus those of a random one, and of the best
             single prompt (cross-fitted).
+        between (`list`): per seed, the two-way correlation of each prompt's own column.
         entropy (`float`): of the choices, in bits, mean over seeds.
         counts (`list`): per seed, how many items chose each prompt.
         holm (`dict`): name of a field -> p after Holm's correction over the layers.
@@ -40,6 +48,7 @@ class Row:
     two_way: Estimate
     over_random: Estimate
     over_single: Estimate
+    between: list[list[float]]
     entropy: float
     counts: list[list[int]]
     holm: dict
@@ -100,6 +109,7 @@ def _row(banks: list[Bank], scores: list[np.ndarray], uses: Resampled, column, t
         two_way=Estimate(together, interval=interval(drawn), p=permutation_p(pairs, SEED)),
         over_random=uses.difference(column, RANDOM),
         over_single=uses.difference(column, SINGLE),
+        between=[between_items(*pair).tolist() for pair in pairs],
         entropy=float(np.mean([entropy_bits(shares(part, prompts)) for part in chosen])),
         counts=[np.bincount(part, minlength=prompts).tolist() for part in chosen],
         holm={},

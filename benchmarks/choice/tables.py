@@ -87,12 +87,14 @@ def layer_table(analysis: Analysis, pooled: bool) -> str:
     """One row a layer. Stars mark p below 5 % after Holm's correction over the layers."""
     lines = [
         "| layer | rank correlation within items | two-way correlation | choice minus random | minus best single prompt | "
-        + ("entropy, bits |" if pooled else "entropy, bits | chosen |"),
-        "|---|---:|---:|---:|---:|---:|" + ("" if pooled else "---:|"),
+        + ("entropy, bits |" if pooled else "two-way of each prompt | entropy, bits | chosen |"),
+        "|---|---:|---:|---:|---:|---:|" + ("" if pooled else "---:|---:|"),
     ]
     rows = [(str(layer), row) for layer, row in enumerate(analysis.layers)] + [("context's loss", analysis.context)]
     for name, row in rows:
-        cells = [_interval(row.within, 2), *_tested(row), number(row.entropy, 2)]
+        cells = [_interval(row.within, 2), *_tested(row)]
+        cells += [] if pooled else [_signed(row.between[0])]
+        cells += [number(row.entropy, 2)]
         cells += [] if pooled else [" ".join(map(str, row.counts[0]))]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -101,9 +103,9 @@ def layer_table(analysis: Analysis, pooled: bool) -> str:
 def seed_table(banks: list[Bank]) -> str:
     """What differs between training seeds."""
     lines = [
-        "| | rank correlation, layer 0 | two-way, layer 0 | two-way, strongest layer | "
+        "| | rank correlation, layer 0 | two-way, layer 0 | of each prompt | two-way, strongest layer | "
         "layer 0 minus random | cross-fitted layer minus random | oracle minus random | chosen, layer 0 |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for bank in banks:
         alone = analyse([bank], "mean")
@@ -113,6 +115,7 @@ def seed_table(banks: list[Bank]) -> str:
         cells = [
             number(first.within.value, 2),
             number(first.two_way.value, 2),
+            _signed(first.between[0]),
             f"{number(row.two_way.value, 2)} (layer {strongest}, {p_value(row.holm['two_way'])})",
             *(_interval(uses.difference(use, RANDOM), 4) for use in (BY_LAYER_0, BY_ANY_LAYER, ORACLE)),
             " ".join(map(str, first.counts[0])),
@@ -136,18 +139,18 @@ def order_sentence(banks: list[Bank]) -> str:
 def naive_table(banks: list[Bank]) -> str:
     """What the order of the bank does in the naive view, mean over seeds."""
     orders, layers = (banks[0].record["orders"]["naive"][name] for name in ("orders", "layers"))
+    scores = [np.array(bank.record["orders"]["naive"]["scores"]) for bank in banks]  # [orders, layers, items, M] each
     lines = [
-        f"Naive view, {len(orders)} balanced orders, {banks[0].record['settings']['order_blocks']} blocks: how many choose "
+        f"Naive view, {len(orders)} balanced orders, {scores[0].shape[2]} blocks: how many choose "
         "another prompt in some order; how often the choice is the prompt at the first and at the last place; what of the "
         "scores' variance within items the place and the prompt explain.",
         "",
         "| layer | choice depends on the order | first place | last place | variance: place | prompt |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    scores = [np.array(bank.record["orders"]["naive"]["scores"]) for bank in banks]  # [orders, layers, items, M] each
-    for number_, layer in enumerate(layers):
-        seen = [dependence(part[:, number_], orders) for part in scores]
-        parts = [explained(part[:, number_], orders) for part in scores]
+    for index, layer in enumerate(layers):
+        seen = [dependence(part[:, index], orders) for part in scores]
+        parts = [explained(part[:, index], orders) for part in scores]
         values = [
             np.mean([one.changing for one in seen]),
             *np.mean([[one.at_place[0], one.at_place[-1]] for one in seen], axis=0),
@@ -164,6 +167,10 @@ def _tested(row: Row) -> list[str]:
         star = " *" if row.holm.get(name, 1.0) < 1 - LEVEL else ""
         found.append(_interval(getattr(row, name), digits) + star)
     return found
+
+
+def _signed(values: list[float]) -> str:
+    return " ".join(number(value, 2, signed=True) for value in values)
 
 
 def _interval(estimate, digits: int) -> str:
