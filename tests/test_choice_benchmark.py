@@ -22,7 +22,7 @@ from benchmarks.choice.agreement import (
     within_items,
 )
 from benchmarks.choice.analysis import BY_ANY_LAYER, BY_CONTEXT, BY_LAYER_0, analyse
-from benchmarks.choice.every_layer import scores_at_every_layer
+from benchmarks.choice.every_layer import first_token_shares, scores_at_every_layer
 from benchmarks.choice.losses import nats_of_every_prompt
 from benchmarks.choice.measure import Settings, measure
 from benchmarks.choice.orders import all_orders, balanced_orders, dependence, explained
@@ -222,7 +222,7 @@ def test_idp_chooses_alike_in_every_order_and_the_naive_view_does_not(make):
     model = make("llama", num_prompts=3, num_virtual_tokens=LENGTHS)
     contexts, orders = token_batch([8] * 20)[0], all_orders(3)
     ours = idp_scores(idp_layer(model), orders, contexts).numpy()  # [orders, layers, items, M]
-    naive = naive_scores(idp_layer(model), orders, contexts, [0, 1, 2]).numpy()
+    naive = naive_scores(idp_layer(model), orders, contexts, [0, 1, 2])[0].numpy()
     assert ours.shape == naive.shape == (6, 3, 20, 3)
     for layer in range(3):
         same, other = dependence(ours[:, layer], orders), dependence(naive[:, layer], orders)
@@ -235,7 +235,9 @@ def test_idp_chooses_alike_in_every_order_and_the_naive_view_does_not(make):
 def test_the_naive_view_is_the_plain_model_on_all_prompts_end_to_end(make):
     model, order = make("llama", num_prompts=3, num_virtual_tokens=LENGTHS), [2, 0, 1]
     contexts = token_batch([7] * 2)[0]
-    found = naive_scores(idp_layer(model), [order], contexts, [0, 2])[0]  # [layers, items, M]
+    found, first = (
+        part[0] for part in naive_scores(idp_layer(model), [order], contexts, [0, 2])
+    )  # [layers, items, ...]
     base, prompts = tiny("llama", "eager"), prompts_of(model)
     embeds = base.get_input_embeddings()(contexts)
     front = torch.cat([prompts[i] for i in order])[None].expand(2, -1, -1)
@@ -246,6 +248,7 @@ def test_the_naive_view_is_the_plain_model_on_all_prompts_end_to_end(make):
         parts = seen[..., : sum(LENGTHS)].split([LENGTHS[i] for i in order], -1)
         for place, prompt in enumerate(order):
             torch.testing.assert_close(found[number][:, prompt], parts[place].mean((1, 2)))
+        torch.testing.assert_close(first[number], seen[..., 0].sum(1) / seen[..., : sum(LENGTHS)].sum((1, 2)))
     assert model.get_base_model().config._attn_implementation == "sdpa"
 
 
@@ -265,6 +268,18 @@ def test_each_layer_scores_as_a_free_forward_with_labels_would(make, architectur
             model(input_ids=ids, labels=mask_context(ids, context))
         torch.testing.assert_close(found[number], model.last_selection.scores)
         assert model.last_selection.prompt_ids.tolist() == found[number].argmax(-1).tolist()
+
+
+def test_the_share_of_a_first_token_is_that_of_the_plain_model_with_one_prompt(make):
+    model, ids = make("llama", num_prompts=1, num_virtual_tokens=3), token_batch([6] * 2)[0]
+    layer, base = idp_layer(model), tiny("llama", "eager")
+    found = first_token_shares(layer.decoder, layer.prompt_cache(), ids)  # [layers, 1]
+    embeds = torch.cat([prompts_of(model)[0][None].expand(2, -1, -1), base.get_input_embeddings()(ids)], dim=1)
+    with torch.no_grad():
+        weights = base(inputs_embeds=embeds, output_attentions=True).attentions
+    for number in range(3):
+        seen = weights[number][:, :, 3:, :3].mean((1, 2))  # [items, k]
+        torch.testing.assert_close(found[number, 0], (seen[:, 0] / seen.sum(-1)).mean())
 
 
 def test_a_model_that_cannot_be_read_in_one_pass_is_refused(make):

@@ -19,10 +19,9 @@ from idp_peft.prompt_cache import PromptCache
 from idp_peft.selection import BlockMask, scores_from_attention
 
 _IMPLEMENTATION = "idp_every_layer"
-_kept: ContextVar[list[torch.Tensor]] = ContextVar("idp_every_layer")
+_pass: ContextVar[tuple[list[torch.Tensor], BlockMask]] = ContextVar("idp_every_layer")
 
 
-@torch.no_grad()
 def scores_at_every_layer(
     decoder: nn.Module, prompt_cache: PromptCache, input_ids: torch.Tensor, reduction: str
 ) -> torch.Tensor:
@@ -40,6 +39,28 @@ def scores_at_every_layer(
     Raises:
         `ValueError`: for a model whose attention does not go through transformers' interface.
     """
+    lengths, real = prompt_cache.lengths, torch.ones_like(input_ids, dtype=torch.bool)
+    attention = _attention_at_every_layer(decoder, prompt_cache, input_ids, lengths)
+    return torch.stack([scores_from_attention(part, real, lengths, reduction) for part in attention])
+
+
+def first_token_shares(decoder: nn.Module, prompt_cache: PromptCache, input_ids: torch.Tensor) -> torch.Tensor:
+    """Of the attention that a context pays to a prompt, the share that falls on the prompt's first token, mean over
+    contexts: float32 `[layers, M]`. For models without sliding windows.
+
+    Each prompt is computed alone, so its first token sees nothing but itself, as the first token of any text does.
+    """
+    parts = [part for length in prompt_cache.lengths for part in (1, length - 1)]
+    attention = _attention_at_every_layer(decoder, prompt_cache, input_ids, parts)
+    first, rest = torch.stack(attention).mean(2).unflatten(-1, (-1, 2)).unbind(-1)  # [layers, batch, M] each
+    return (first / (first + rest)).mean(1)
+
+
+@torch.no_grad()
+def _attention_at_every_layer(
+    decoder: nn.Module, prompt_cache: PromptCache, input_ids: torch.Tensor, parts: list[int]
+) -> list[torch.Tensor]:
+    """Attention on stretches of the bank of so many tokens each, per layer float32 `[batch, n, parts]`."""
     blocks = find_blocks(decoder)[1]
     attention = getattr(blocks[0], find_attention(blocks[0]))
     if not uses_interface(type(attention)):
@@ -51,23 +72,23 @@ def scores_at_every_layer(
     real = torch.ones_like(input_ids, dtype=torch.bool)
     mask, cache = BlockMask(prompt_cache.lengths, real), prompt_cache.side_by_side(len(real), len(blocks))
     kept: list[torch.Tensor] = []
-    token = _kept.set(kept)
+    token = _pass.set((kept, BlockMask(parts, real)))
     try:
         inputs = {"input_ids": input_ids}
         probe._run(decoder, len(blocks) - 1, mask, inputs, cache, mask.input_positions(), _IMPLEMENTATION)
     finally:
-        _kept.reset(token)
-    return torch.stack([scores_from_attention(part, real, prompt_cache.lengths, reduction) for part in kept])
+        _pass.reset(token)
+    return kept
 
 
 def _keep_and_go_on(module, *args, **kwargs):
     """The probe's attention function, asked twice: as at the selection layer, and as at a layer below it."""
-    current = probe._current.get()
-    token = probe._current.set(replace(current, layer=module.layer_idx))
+    current, (kept, mask) = probe._current.get(), _pass.get()
+    token = probe._current.set(replace(current, layer=module.layer_idx, mask=mask))
     try:
         probe._probe_attention(module, *args, **kwargs)
     except probe._Reached as reached:
-        _kept.get().append(reached.result)
+        kept.append(reached.result)
     finally:
         probe._current.reset(token)
     return probe._probe_attention(module, *args, **kwargs)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from benchmarks.choice.every_layer import scores_at_every_layer
+from benchmarks.choice.every_layer import first_token_shares, scores_at_every_layer
 from benchmarks.choice.losses import nats_of_every_prompt
 from benchmarks.choice.orders import all_orders, balanced_orders, dependence
 from benchmarks.choice.views import idp_scores, naive_scores
@@ -98,14 +98,21 @@ def _of_orders(layer: IDPLayer, contexts: torch.Tensor, settings: Settings) -> d
     compared = [dependence(ours[:, number], every) for number in range(ours.shape[1])]
     balanced = balanced_orders(num_prompts)
     layers = list(range(0, ours.shape[1], settings.order_layer_step))
-    naive = naive_scores(layer, balanced, contexts, layers)
+    naive, first = naive_scores(layer, balanced, contexts, layers)
+    own_first = first_token_shares(layer.decoder, layer.prompt_cache(), contexts)
     return {
         "idp": {
             "orders": len(every),
             "largest_difference": rounded([part.largest_difference for part in compared]),  # [layers]
             "changing": rounded([part.changing for part in compared]),  # [layers]
+            "first_token": rounded(own_first),  # [layers][M]
         },
-        "naive": {"orders": balanced, "layers": layers, "scores": rounded(naive)},  # [orders][layers][items][M], mean
+        "naive": {
+            "orders": balanced,
+            "layers": layers,
+            "scores": rounded(naive),  # [orders][layers][items][M], reduction "mean"
+            "first_token": rounded(first.mean(2)),  # [orders][layers]
+        },
     }
 
 

@@ -143,10 +143,11 @@ def naive_table(banks: list[Bank]) -> str:
     lines = [
         f"Naive view, {len(orders)} balanced orders, {scores[0].shape[2]} blocks: how many choose "
         "another prompt in some order; how often the choice is the prompt at the first and at the last place; what of the "
-        "scores' variance within items the place and the prompt explain.",
+        "scores' variance within items the place and the prompt explain; and what of the attention on prompts falls on the "
+        "very first token. Beside it, IDP: what of the attention on a prompt falls on that prompt's own first token.",
         "",
-        "| layer | choice depends on the order | first place | last place | variance: place | prompt |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| layer | choice depends on the order | first place | last place | variance: place | prompt | first token | IDP: first tokens |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for index, layer in enumerate(layers):
         seen = [dependence(part[:, index], orders) for part in scores]
@@ -156,6 +157,8 @@ def naive_table(banks: list[Bank]) -> str:
             *np.mean([[one.at_place[0], one.at_place[-1]] for one in seen], axis=0),
             np.mean([one["place"] for one in parts]),
             np.mean([one["prompt"] for one in parts]),
+            np.mean([np.array(bank.record["orders"]["naive"]["first_token"])[:, index] for bank in banks]),
+            np.mean([bank.record["orders"]["idp"]["first_token"][layer] for bank in banks]),
         ]
         lines.append(f"| {layer} | " + " | ".join(f"{100 * value:.0f} %" for value in values) + " |")
     return "\n".join(lines)

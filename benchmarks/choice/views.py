@@ -32,20 +32,28 @@ def idp_scores(layer: IDPLayer, orders: list[list[int]], contexts: torch.Tensor)
 
 
 @torch.no_grad()
-def naive_scores(layer: IDPLayer, orders: list[list[int]], contexts: torch.Tensor, layers: list[int]) -> torch.Tensor:
-    """Attention on each prompt in the naive view, averaged over heads, the context and the prompt's tokens, from the eager
-    weights that the model itself reports: float32 `[orders, layers, items, M]`, by prompt."""
+def naive_scores(
+    layer: IDPLayer, orders: list[list[int]], contexts: torch.Tensor, layers: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention on each prompt in the naive view, from the eager weights that the model itself reports.
+
+    Returns:
+        Two float32 tensors: the mean over heads, the context and the prompt's tokens, `[orders, layers, items, M]`, by
+        prompt; and of all attention on prompts, the share that falls on the very first token, `[orders, layers, items]`.
+    """
     bank, decoder = layer.active_bank, layer.decoder
-    found = []
+    scores, first = [], []
     with internal_run(), _eager(layer.model):
         for order in orders:
             lengths = [bank.lengths[i] for i in order]
             joined = _cache(layer, order, as_one=True).alone(0, len(contexts), decoder.config.num_hidden_layers)
             weights = _attentions(decoder, contexts, joined, sum(lengths))
+            weights = torch.stack([weights[i].float().mean((1, 2)) for i in layers])  # [layers, items, keys]
             mask = BlockMask(lengths, torch.ones_like(contexts, dtype=torch.bool))
-            sums = torch.stack([sum_by_prompt(weights[i].float().mean(1), mask).mean(1) for i in layers])
-            found.append(by_prompt(sums / torch.tensor(lengths, device=sums.device), order))
-    return torch.stack(found)
+            sums = sum_by_prompt(weights, mask)  # [layers, items, M]
+            first.append(weights[..., 0] / sums.sum(-1))
+            scores.append(by_prompt(sums / torch.tensor(lengths, device=sums.device), order))
+    return torch.stack(scores), torch.stack(first)
 
 
 def by_prompt(by_place: torch.Tensor, order: list[int]) -> torch.Tensor:
