@@ -1,0 +1,94 @@
+"""The library's own scores at every layer, from one pass through the model instead of one for each layer.
+
+A choice at layer l runs the layers below it with all prompts in front of the input. The choice at the last layer has
+therefore passed every other choice on its way: here each layer's attention is kept before the pass goes on.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from idp_peft import probe
+from idp_peft.decoder import find_attention, find_blocks, uses_interface
+from idp_peft.prompt_cache import PromptCache
+from idp_peft.selection import BlockMask, scores_from_attention
+
+_IMPLEMENTATION = "idp_every_layer"
+_pass: ContextVar[tuple[list[torch.Tensor], BlockMask]] = ContextVar("idp_every_layer")
+
+
+def scores_at_every_layer(
+    decoder: nn.Module, prompt_cache: PromptCache, input_ids: torch.Tensor, reduction: str
+) -> torch.Tensor:
+    """What each layer would choose by, were it the selection layer.
+
+    Args:
+        decoder (`nn.Module`): the base model's decoder.
+        prompt_cache (`PromptCache`): keys and values of the bank.
+        input_ids (`torch.Tensor`): int64 `[batch, n]`, the context, without padding: all of it is read.
+        reduction (`str`): as in `IDPConfig.selection_reduction`.
+
+    Returns:
+        `torch.Tensor`: float32 `[layers, batch, M]`.
+
+    Raises:
+        `ValueError`: for a model whose attention does not go through transformers' interface.
+    """
+    lengths, real = prompt_cache.lengths, torch.ones_like(input_ids, dtype=torch.bool)
+    attention = _attention_at_every_layer(decoder, prompt_cache, input_ids, lengths)
+    return torch.stack([scores_from_attention(part, real, lengths, reduction) for part in attention])
+
+
+def first_token_shares(decoder: nn.Module, prompt_cache: PromptCache, input_ids: torch.Tensor) -> torch.Tensor:
+    """Of the attention that a context pays to a prompt, the share that falls on the prompt's first token, mean over
+    contexts: float32 `[layers, M]`. For models without sliding windows.
+
+    Each prompt is computed alone, so its first token sees nothing but itself, as the first token of any text does.
+    """
+    parts = [part for length in prompt_cache.lengths for part in (1, length - 1)]
+    attention = _attention_at_every_layer(decoder, prompt_cache, input_ids, parts)
+    first, rest = torch.stack(attention).mean(2).unflatten(-1, (-1, 2)).unbind(-1)  # [layers, batch, M] each
+    return (first / (first + rest)).mean(1)
+
+
+@torch.no_grad()
+def _attention_at_every_layer(
+    decoder: nn.Module, prompt_cache: PromptCache, input_ids: torch.Tensor, parts: list[int]
+) -> list[torch.Tensor]:
+    """Attention on stretches of the bank of so many tokens each, per layer float32 `[batch, n, parts]`."""
+    blocks = find_blocks(decoder)[1]
+    attention = getattr(blocks[0], find_attention(blocks[0]))
+    if not uses_interface(type(attention)):
+        raise ValueError(
+            f"`model` must use transformers' AttentionInterface to be read at every layer in one pass, and "
+            f"{type(attention).__name__} does not"
+        )
+    AttentionInterface.register(_IMPLEMENTATION, _keep_and_go_on)
+    real = torch.ones_like(input_ids, dtype=torch.bool)
+    mask, cache = BlockMask(prompt_cache.lengths, real), prompt_cache.side_by_side(len(real), len(blocks))
+    kept: list[torch.Tensor] = []
+    token = _pass.set((kept, BlockMask(parts, real)))
+    try:
+        inputs = {"input_ids": input_ids}
+        probe._run(decoder, len(blocks) - 1, mask, inputs, cache, mask.input_positions(), _IMPLEMENTATION)
+    finally:
+        _pass.reset(token)
+    return kept
+
+
+def _keep_and_go_on(module, *args, **kwargs):
+    """The probe's attention function, asked twice: as at the selection layer, and as at a layer below it."""
+    current, (kept, mask) = probe._current.get(), _pass.get()
+    token = probe._current.set(replace(current, layer=module.layer_idx, mask=mask))
+    try:
+        probe._probe_attention(module, *args, **kwargs)
+    except probe._Reached as reached:
+        kept.append(reached.result)
+    finally:
+        probe._current.reset(token)
+    return probe._probe_attention(module, *args, **kwargs)
