@@ -35,6 +35,17 @@ study: $(COMPRESSION_ENV)
 	done
 	$(COMPRESSION_PY) -m benchmarks.study $(STUDY)
 	$(COMPRESSION_PY) -m benchmarks.study.tables $(STUDY)
+	$(COMPRESSION_PY) -m benchmarks.biographies
+	$(COMPRESSION_PY) -m benchmarks.biographies.tables
+	[ -d $(TRAINED)/untrained ] || $(COMPRESSION_PY) -m benchmarks.choice.untrained runs/gptq-3bit $(TRAINED)/untrained
+	$(COMPRESSION_PY) -m benchmarks.choice runs/gptq-3bit --adapter untrained.seed0=$(TRAINED)/untrained \
+	  $(foreach name,idp.lm.seed0 idp.lm.seed1 idp.lm.seed2 idp.distillation.seed0 composed_26_100.lm.seed0,\
+	    --adapter $(name)=$(TRAINED)/$(name)/adapter)
+	$(COMPRESSION_PY) -m benchmarks.choice.tables
+	$(COMPRESSION_PY) -m benchmarks.patterns --model runs/gptq-3bit --control IDP --blocks 12 \
+	  --adapter "IDP=$(TRAINED)/idp.lm.seed0/adapter" --adapter "one prompt=$(TRAINED)/one_prompt_128.lm.seed0/adapter" \
+	  --adapter "LoRA, budget=$(TRAINED)/lora_budget.lm.seed0/adapter" \
+	  --adapter "LoRA, rank 16=$(TRAINED)/lora_16.lm.seed0/adapter"
 
 test: $(TEST_ENV)
 	$(PY) -m ruff check .

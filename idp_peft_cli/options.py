@@ -60,7 +60,9 @@ class RecoverOptions:
     selection_reduction: Literal["mean", "sum"] = _option("mean", "Score of a prompt: mean or sum over its tokens.")
     assignment: Literal["uniform", "selected", "all"] = _option("selected", "Which prompt a training example trains.")
     init: Literal["vocab", "random", "corpus"] = _option(
-        "corpus", "How prompts start: random tokens, random vectors, or the openings of training texts."
+        "corpus",
+        "How prompts start: random tokens, random vectors, or the openings of training texts (prefix tuning: the teacher's "
+        "keys and values of them, where there is a teacher).",
     )
     match_budget: bool = _option(False, "Give a baseline the size nearest to the bank's parameter count.")
     lora_rank: int = _option(16, "Rank of LoRA without --match_budget.")
