@@ -243,6 +243,19 @@ def test_the_matrix_runs_cell_by_cell_goes_on_where_it_was_and_makes_a_report(ti
     assert means["IDP, 2 x 3, distillation"]["value"] == pytest.approx(sum(nats) / 2 / (6 * 16))
 
 
+def test_a_report_of_a_matrix_that_is_not_done_leaves_out_what_is_missing(tiny_matrix, tmp_path):
+    options = [str(tiny_matrix), "--results", str(tmp_path / "results")]
+    for name in ("none/dense", "small/compressed", "small/bos_prefix"):
+        study.main([*options, "--runs", str(tmp_path / "runs"), "--only", name, "--measure", "text_"])
+    tables.main(options)
+    report = (tmp_path / "results/tiny/report.md").read_text()
+    assert "| BOS prefix of the dense model |" in report
+    assert "McNemar" not in report
+    study.main([*options, "--runs", str(tmp_path / "runs"), "--only", "small/bos_prefix"])
+    tables.main(options)  # one repair has its tasks, the compressed model not yet
+    assert "McNemar" not in (tmp_path / "results/tiny/report.md").read_text()
+
+
 def test_a_bank_whose_parts_are_not_trained_yet_waits(tiny_matrix, tmp_path, caplog):
     options = [str(tiny_matrix), "--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
     study.main([*options, "--only", "small/composed"])

@@ -67,7 +67,7 @@ class Table:
         self.key, self.higher_is_better = key, key != "nats"
         self.measures = [name for name in measures if _has(entries, name, key)]
         parts = [self._resampled(entries, name) for name in self.measures]
-        self.means = parts[0] if len(parts) == 1 else Averaged(parts)
+        self.means = Means({}, {}) if not parts else parts[0] if len(parts) == 1 else Averaged(parts)
         self.entries = [entry for entry in entries if self.seeds(entry)]
 
     def seeds(self, entry: Entry, use: str = "attention") -> list:

@@ -32,6 +32,7 @@ class Study:
         self.dense, self.compressed = self.by_name["dense", None], self.by_name["compressed", None]
         self.texts = {name: Table(entries, [f"text_{name}"], "nats") for name in matrix.texts}
         answered = [entry for entry in entries if all(entry.measured(task) for task in matrix.tasks)]
+        answered = answered if self.compressed in answered else []
         self.accuracy = Table(answered, matrix.tasks, "score")
         self.probability = Table(answered, matrix.tasks, "probability")
 
@@ -83,7 +84,8 @@ def report(matrix: Matrix, studies: list[Study], results: Path) -> str:
         parts += [f"## {study.compression}\n", headline(study), comparisons(study)]
         if any(entry.chooses for entry in study.entries):
             parts.append(choices(study))
-        parts.append(tasks(study))
+        if study.accuracy.measures:
+            parts.append(tasks(study))
     if control := _control(matrix, results):
         parts.append(control)
     if studies:
