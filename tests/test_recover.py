@@ -64,6 +64,14 @@ def run(output: str = "run", **changes) -> Path:
     return recover(*parse("recover", flags(output, **changes)))
 
 
+def test_the_packaged_model_can_be_repaired_from_openings_of_its_text(here, monkeypatch):
+    from idp_peft import assets
+
+    monkeypatch.setattr(assets, "default_model", lambda: here / "model")
+    named, by_folder = run("a", model="default", max_steps=1), run("b", max_steps=1)
+    assert all(torch.equal(weights(named)[name], value) for name, value in weights(by_folder).items())
+
+
 def weights(adapter: Path) -> dict[str, torch.Tensor]:
     return load_file(adapter / "adapter_model.safetensors")
 

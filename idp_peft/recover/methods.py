@@ -12,6 +12,7 @@ from torch import nn
 
 from idp_peft.config import IDPConfig
 from idp_peft.decoder import embedding_width
+from idp_peft.loading import find_model
 
 METHODS = ("idp", "prompt_tuning", "prefix_tuning", "lora")
 # Peak learning rates: those of prompts and LoRA were tuned (benchmarks/LOG.md); prefix tuning's was not.
@@ -34,7 +35,7 @@ def method_config(model: nn.Module, options, texts: list[str] | None = None) -> 
     if options.method == "idp":
         start = {"init": options.init}
         if options.init == "corpus":
-            start = {"init": "text", "init_text": texts, "tokenizer_name_or_path": str(options.model)}
+            start = {"init": "text", "init_text": texts, "tokenizer_name_or_path": find_model(options.model)[0]}
         return IDPConfig(
             task_type="CAUSAL_LM",
             num_prompts=options.num_prompts,
