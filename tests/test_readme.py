@@ -39,6 +39,26 @@ def test_the_ratios_of_latency_are_those_measured():
     assert f"its first token takes {of['time to first token, IDP / prompt tuning']} of prompt tuning's" in text
 
 
+def test_the_numbers_of_the_biographies_and_of_the_control_are_those_measured():
+    text = " ".join(README.split())
+    recovered = (ROOT / "benchmarks/biographies/results/report.md").read_text().split("## ")[1]
+    rows = [row.split("|") for row in recovered.splitlines() if row.startswith("| sparsegpt")]
+    assert len(rows) == 4
+    for name, column in (("a LoRA brings back", 4), ("IDP", 2)):
+        of = [row[column].split("%")[0].strip() for row in rows]
+        assert f"{name} {', '.join(of[:-1])} and {of[-1]} %" in text
+    report = (ROOT / TABLES["claims"]).read_text()
+
+    def nats(start: str, column: int) -> str:
+        row = next(row for row in report.splitlines() if row.startswith(start))
+        return f"{-float(row.split('|')[column].split('[')[0]):.3f}"
+
+    control = [nats(start, 2) for start in ("| IDP, 4 x 32 | -", "| LoRA, budget-matched | -")]
+    gained = [nats(f"| wiki | {name} | compressed |", 4) for name in ("IDP, 4 x 32", "LoRA, budget-matched")]
+    assert f"{control[0]} (IDP) and {control[1]} nats (LoRA) off the *dense* model" in text
+    assert f"where it takes {gained[0]} and {gained[1]} off the compressed one" in text
+
+
 def test_the_minutes_of_the_demo_are_those_measured():
     total = json.loads((ROOT / "benchmarks/demo/results/seconds.json").read_text())["total"]
     assert f"does all this on two CPU cores in {total / 60:.1f} minutes, downloads included" in README
@@ -61,7 +81,7 @@ def test_the_ratios_of_training_are_those_measured():
         f"{speed:.2f} times the tokens per second of PEFT's prompt tuning in {memory:.2f} of its memory (with "
         f'`assignment="uniform"`: {speed_uniform:.2f} times, {memory_uniform:.2f})'
     )
-    assert sentence in " ".join(README.split())
+    assert sentence in " ".join((ROOT / "benchmarks/training/README.md").read_text().split())
 
 
 def test_the_counts_of_the_compatibility_matrix_are_its():

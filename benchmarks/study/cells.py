@@ -94,7 +94,7 @@ def label(matrix: Matrix, one: Contender) -> str:
         name = "LoRA, budget-matched" if options.get("match_budget") else f"LoRA, rank {options['lora_rank']}"
     else:
         name = _NAMES[options["method"]]
-        name = f"{name}, started at the teacher's" if one.objective == "distillation" else name
+        name = f"{name}, intact start" if one.objective == "distillation" else name
     return name if one.objective == "lm" else f"{name}, distillation"
 
 
