@@ -19,6 +19,7 @@ endif
 
 STUDY := benchmarks/study/configs/smollm2-135m.yaml
 TRAINED := runs/study/smollm2-135m/gptq-3bit
+MEASURED ?= runs/measured
 
 .PHONY: demo study test test-oldest test-compression test-serving test-distributed lint
 
@@ -27,22 +28,25 @@ demo: $(COMPRESSION_ENV)
 	OMP_NUM_THREADS=2 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 \
 	  $(COMPRESSION_PY) -m benchmarks.demo
 
-# Every table of the study, some hours on two cores; goes on where it was.
+# Every table of the study measured anew into $(MEASURED), some hours on two cores; goes on where it was.
 study: $(COMPRESSION_ENV)
 	for recipe in gptq-3bit gptq-4bit sparsegpt-50; do \
 	  [ -f runs/$$recipe/compression.json ] || $(COMPRESSION_PY) -m idp_peft_cli compress --model default \
 	    --recipe $$recipe --output_dir runs/$$recipe || exit 1; \
 	done
-	$(COMPRESSION_PY) -m benchmarks.study $(STUDY)
-	$(COMPRESSION_PY) -m benchmarks.study.tables $(STUDY)
-	$(COMPRESSION_PY) -m benchmarks.biographies
-	$(COMPRESSION_PY) -m benchmarks.biographies.tables
+	$(COMPRESSION_PY) -m benchmarks.study $(STUDY) --results $(MEASURED)/study
+	$(COMPRESSION_PY) -m benchmarks.study.tables $(STUDY) --results $(MEASURED)/study
+	$(COMPRESSION_PY) -m benchmarks.biographies --results $(MEASURED)/biographies
+	$(COMPRESSION_PY) -m benchmarks.biographies.tables --results $(MEASURED)/biographies
 	[ -d $(TRAINED)/untrained ] || $(COMPRESSION_PY) -m benchmarks.choice.untrained runs/gptq-3bit $(TRAINED)/untrained
-	$(COMPRESSION_PY) -m benchmarks.choice runs/gptq-3bit --adapter untrained.seed0=$(TRAINED)/untrained \
+	$(COMPRESSION_PY) -m benchmarks.choice runs/gptq-3bit --output $(MEASURED)/choice \
+	  --adapter untrained.seed0=$(TRAINED)/untrained \
 	  $(foreach name,idp.lm.seed0 idp.lm.seed1 idp.lm.seed2 idp.distillation.seed0 composed_26_100.lm.seed0,\
 	    --adapter $(name)=$(TRAINED)/$(name)/adapter)
-	$(COMPRESSION_PY) -m benchmarks.choice.tables
+	$(COMPRESSION_PY) -m benchmarks.choice.tables --results $(MEASURED)/choice
+	[ -f $(MEASURED)/patterns/gptq-3bit.json ] || \
 	$(COMPRESSION_PY) -m benchmarks.patterns --model runs/gptq-3bit --control IDP --blocks 12 \
+	  --output $(MEASURED)/patterns/gptq-3bit.json \
 	  --adapter "IDP=$(TRAINED)/idp.lm.seed0/adapter" --adapter "one prompt=$(TRAINED)/one_prompt_128.lm.seed0/adapter" \
 	  --adapter "LoRA, budget=$(TRAINED)/lora_budget.lm.seed0/adapter" \
 	  --adapter "LoRA, rank 16=$(TRAINED)/lora_16.lm.seed0/adapter"

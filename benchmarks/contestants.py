@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from pathlib import Path
 
 METHODS = ("base alone", "IDP", "prompt tuning", "prefix tuning", "LoRA, rank 16", "LoRA, budget-matched")
@@ -142,12 +141,11 @@ class Record:
 
     def add(self, **turn) -> None:
         """Keep one turn: what was measured (`case`, `contestant`, `repetition`), and its numbers."""
+        from idp_peft.whole_file import write_whole
+
         self.content["turns"].append(turn)
         self._done.add(self._key(turn))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.content, indent=0) + "\n")
-        os.replace(temporary, self.path)
+        write_whole(self.path, json.dumps(self.content, indent=0) + "\n")
 
     @staticmethod
     def _key(turn: dict) -> str:

@@ -101,7 +101,7 @@ def cache_name(module_class: type[nn.Module]) -> str | None:
 
 
 def given_cache(kwargs: dict):
-    """The cache of a call, by whichever name it was given; `None` without one."""
+    """The cache among the arguments of a call, or in a model's output, by whichever name; `None` without one."""
     return next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
 
 

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from idp_peft.evaluation.prompted import input_logits
 from idp_peft.fingerprint import fingerprint
+from idp_peft.recover.adapter import opening
 from idp_peft.recover.intact_prefix import intact_prefix, start_prefix
-from idp_peft.recover.methods import opening
 from tests.test_recover import here, run, weights  # noqa: F401  (`here` is a fixture)
 from tests.tiny import tiny
 from tests.tiny_folder import tiny_tokenizer
@@ -76,6 +76,16 @@ def test_with_a_teacher_prefix_tuning_starts_at_the_teachers_keys_and_values(her
     assert torch.allclose(other[0], first, atol=1e-5)
     assert not torch.allclose(other[1:], started[1:], atol=1e-3)  # what follows is another text
     assert not torch.allclose(random[0], first, atol=1e-3)
+
+
+def test_beside_a_teacher_of_another_shape_a_prefix_starts_at_random_and_says_so(here, caplog):  # noqa: F811
+    deeper = tiny("llama", seed=1).config.to_diff_dict() | {"num_hidden_layers": 4}
+    LlamaForCausalLM(LlamaConfig(**deeper)).save_pretrained(here / "deeper")
+    tiny_tokenizer().save_pretrained(here / "deeper")
+    (started,) = weights(run("a", teacher="deeper", method="prefix_tuning", max_steps=1, learning_rate=1e-12)).values()
+    (random,) = weights(run("b", method="prefix_tuning", max_steps=1, learning_rate=1e-12)).values()
+    assert torch.equal(started, random)
+    assert "the teacher has other keys and values than the model: the prefix starts at random" in caplog.text
 
 
 def test_a_prefix_longer_than_any_block_goes_on_with_the_next_one():

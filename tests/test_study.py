@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ from tests.test_tasks import local  # noqa: F401  (a fixture)
 from tests.tiny import tiny
 from tests.tiny_folder import tiny_folder, tiny_texts
 
+ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((Path(study.__file__).parent / "configs").glob("*.yaml"))
 
 
@@ -60,6 +63,17 @@ def test_a_configuration_holds_what_the_study_is_about(file):
         for part in matrix.methods.get(one.method, {}).get("of", []):
             path = Contender(one.compression, part, one.objective, one.seed).path
             assert names.index(path) < names.index(one.path)
+
+
+def test_make_study_names_adapters_that_the_matrix_trains():
+    rules = subprocess.run(
+        ["make", "-n", "study", "PY=python"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    named = set(re.findall(r"=runs/study/smollm2-135m/(\S+?)/adapter", rules))
+    matrix = Matrix(CONFIGS[-1])
+    assert len(named) == 8
+    assert named <= {str(one.path) for one in matrix.contenders}
+    assert set(re.findall(r"--(?:results|output) (\S+)/", rules)) == {"runs/measured", "runs/measured/patterns"}
 
 
 def test_a_configuration_with_an_undefined_method_is_refused(tmp_path):
@@ -229,6 +243,7 @@ def test_the_matrix_runs_cell_by_cell_goes_on_where_it_was_and_makes_a_report(ti
     assert "| IDP, 2 x 3, distillation (2 seeds) |" in report
     assert "| IDP composed, 2 + 4 |" in report
     assert "## Control: the same training on the dense model" in report
+    assert "| - its oracle choice (bound) |" in report
     statistics = json.loads((tmp_path / "results/tiny/statistics.json").read_text())
     means = statistics["small"]["text wiki"]["means"]
     nats = [

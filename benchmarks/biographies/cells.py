@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from idp_peft.whole_file import write_whole
 
 FORMAT = 1
 
@@ -41,11 +42,8 @@ def cell(path: Path, settings: dict, measure: Callable[[], dict]) -> dict:
 
 def write(path: Path, content: dict) -> None:
     """JSON, one line per key of the top level and per person, moved into place when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     parts = [f"{json.dumps(key)}: {_block(value)}" for key, value in content.items()]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def _block(value) -> str:

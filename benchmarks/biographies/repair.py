@@ -58,7 +58,8 @@ def repair(
     from idp_peft.fingerprint import fingerprint
     from idp_peft.gradient_probe import probe_gradients
     from idp_peft.loading import load_model, load_tokenizer
-    from idp_peft.recover.methods import corpus_starts, method_config
+    from idp_peft.recover.adapter import corpus_starts
+    from idp_peft.recover.methods import method_config
     from idp_peft.recover.training import training_examples
 
     steps = STEPS if steps is None else steps

@@ -11,6 +11,7 @@ from benchmarks.biographies.people import CHANCE
 from benchmarks.biographies.repair import STEPS
 from benchmarks.biographies.summary import DENSE, Cell, Summary, comparisons, key, read_cells
 from benchmarks.biographies.tuning import chosen, pilot_damage, tried
+from benchmarks.markdown import head, row
 from idp_peft.report.formatting import number, p_value
 
 RESULTS = Path(__file__).parent / "results"
@@ -77,36 +78,36 @@ def recall_table(
     """Means over the seeds, one row per strength."""
     points = report.summary(group, measure).all.points
     columns = [None, *report.repairs]
-    rows = _head(["", *[_title(repair, report) for repair in columns]])
+    rows = head(["", *[_title(repair, report) for repair in columns]])
     for strength in (DENSE, *report.strengths):
         cells = [
             number(scale * points[strength, repair], digits) if (strength, repair) in points else ""
             for repair in columns
         ]
-        rows.append(_row([strength, *cells]))
+        rows.append(row([strength, *cells]))
     return rows
 
 
 def recovery_table(report: Report, group: str, measure: tuple[str, str] = ("seen", "answer")) -> list[str]:
     """(recovered - compressed) / (dense - compressed), with its interval and every seed's own value."""
     summary = report.summary(group, measure)
-    rows = _head(["", *[_title(repair, report) for repair in report.repairs]])
+    rows = head(["", *[_title(repair, report) for repair in report.repairs]])
     for strength in report.strengths:
         cells = []
         for repair in report.repairs:
             seeds = " ".join(_percent(one) for one in summary.recoveries(strength, repair))
             cells.append(f"{_recovery(summary.recovery(strength, repair))} ({seeds})")
-        rows.append(_row([strength, *cells]))
+        rows.append(row([strength, *cells]))
     return rows
 
 
 def control_table(report: Report) -> list[str]:
     """What the same training does to the dense model, in percentage points of recall."""
-    rows = _head(["", *[_title(repair, report) for repair in report.repairs]])
+    rows = head(["", *[_title(repair, report) for repair in report.repairs]])
     for group in GROUPS:
         means = report.summary(group).all
         cells = [_difference(means.difference((DENSE, repair), (DENSE, None))) for repair in report.repairs]
-        rows.append(_row([group, *cells]))
+        rows.append(row([group, *cells]))
     return rows
 
 
@@ -118,7 +119,7 @@ def comparison_table(report: Report, objective: str) -> list[str]:
     for one in made:
         right = NAMES[one["right"] and one["right"][0]]
         pair = f"{NAMES[one['left'][0]]} - {right}"
-        rows.append(_row([one["strength"], pair, _difference(one["difference"]), p_value(one["p_holm"])]))
+        rows.append(row([one["strength"], pair, _difference(one["difference"]), p_value(one["p_holm"])]))
     return rows
 
 
@@ -129,7 +130,7 @@ def tuning_table(folder: Path) -> list[str]:
         setting = (trial["method"], trial["objective"], trial["learning_rate"])
         by_setting.setdefault(setting, {})[trial["strength"]] = trial["recall"]
     strengths = list(dict.fromkeys(name for found in by_setting.values() for name in found))
-    rows = _head(["method", "objective", "learning rate", *strengths, ""])
+    rows = head(["method", "objective", "learning rate", *strengths, ""])
     for method, objective, rate in sorted(
         by_setting, key=lambda s: (s[1] != "language modelling", list(NAMES).index(s[0]), s[2])
     ):
@@ -138,7 +139,7 @@ def tuning_table(folder: Path) -> list[str]:
             f"{100 * found[name]['validation']:.1f} / {100 * found[name]['repaired-on']:.1f}" for name in strengths
         ]
         rows.append(
-            _row([NAMES[method], objective, f"{rate:g}", *cells, "taken" if best[method, objective] == rate else ""])
+            row([NAMES[method], objective, f"{rate:g}", *cells, "taken" if best[method, objective] == rate else ""])
         )
     return rows
 
@@ -149,14 +150,14 @@ def longer_table(folder: Path) -> list[str]:
         (trial["method"], trial["objective"], trial["strength"], trial["learning_rate"]): trial
         for trial in tried(folder)
     }
-    rows = _head(["method", "model", f"{STEPS} steps", f"{tuning.LONGER} steps"])
+    rows = head(["method", "model", f"{STEPS} steps", f"{tuning.LONGER} steps"])
     for trial in tuning.longer(folder):
         before = usual[trial["method"], trial["objective"], trial["strength"], trial["learning_rate"]]
         cells = [
             f"{100 * one['recall']['validation']:.1f} / {100 * one['recall']['repaired-on']:.1f}"
             for one in (before, trial)
         ]
-        rows.append(_row([NAMES[trial["method"]], trial["strength"], *cells]))
+        rows.append(row([NAMES[trial["method"]], trial["strength"], *cells]))
     return rows
 
 
@@ -219,9 +220,9 @@ def _unknown(report: Report) -> str:
 def _pilot_rows(folder: Path) -> list[str]:
     damage = pilot_damage(folder)
     groups = list(next(iter(damage.values())))
-    rows = _head(["", *groups])
+    rows = head(["", *groups])
     for strength, found in sorted(damage.items(), key=lambda item: -item[1]["validation"]):
-        rows.append(_row([strength, *[number(100 * found[group], 1) for group in groups]]))
+        rows.append(row([strength, *[number(100 * found[group], 1) for group in groups]]))
     return rows
 
 
@@ -263,14 +264,6 @@ def _percent(found) -> str:
 def _difference(estimate) -> str:
     low, high = estimate.interval
     return f"{number(100 * estimate.value, 1, True)} [{number(100 * low, 1, True)}, {number(100 * high, 1, True)}]"
-
-
-def _head(titles: list[str]) -> list[str]:
-    return [_row(titles), "|---|" + "---:|" * (len(titles) - 1)]
-
-
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -42,10 +42,10 @@ def named(text: str) -> tuple[str, str]:
 
 def main(arguments: list[str] | None = None) -> None:
     from benchmarks.choice.measure import Settings
+    from idp_peft.whole_file import write_whole
 
     options = parse(arguments)
     settings = Settings(blocks=options.blocks)
-    options.output.mkdir(parents=True, exist_ok=True)
     base, blocks = None, None
     for name, path in options.adapter:
         output = options.output / f"{name}.json"
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
         began = time.perf_counter()
         record, base = _measured(base, path, blocks, settings)
         record = {"name": name, "model": Path(options.model).name, **record}
-        output.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        write_whole(output, json.dumps(record) + "\n")
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
 
 

@@ -19,26 +19,22 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     import torch
-    from peft import get_peft_model
     from transformers import set_seed
 
-    from idp_peft import IDPConfig
     from idp_peft.loading import load_model, load_tokenizer
-    from idp_peft.recover.methods import corpus_starts
+    from idp_peft.recover.adapter import with_adapter
     from idp_peft.text_data import load_texts, token_blocks
+    from idp_peft_cli.options import RecoverOptions
 
     tokenizer = load_tokenizer(options.model)
     blocks = token_blocks(tokenizer, load_texts("wiki", "train"), 256, min_tokens=256)
     set_seed(options.seed)
-    config = IDPConfig(
-        task_type="CAUSAL_LM",
-        num_prompts=options.num_prompts,
-        num_virtual_tokens=options.num_virtual_tokens,
-        init="text",
-        init_text=corpus_starts(tokenizer, blocks, options),
-        tokenizer_name_or_path=options.model,
+    bank = RecoverOptions(
+        model=options.model, num_prompts=options.num_prompts, num_virtual_tokens=options.num_virtual_tokens
     )
-    get_peft_model(load_model(options.model, dtype=torch.float32), config).save_pretrained(options.output)
+    with_adapter(load_model(options.model, dtype=torch.float32), tokenizer, blocks, bank).save_pretrained(
+        options.output
+    )
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ IDP lets no prompt see another and ends each right before the input. The naive v
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import torch
 from transformers import DynamicCache
 
 from benchmarks.choice.every_layer import scores_at_every_layer
+from idp_peft.analysis.taps import eager_attention
 from idp_peft.call import internal_run
 from idp_peft.decoder import cache_name
 from idp_peft.layer import IDPLayer
@@ -43,7 +42,7 @@ def naive_scores(
     """
     bank, decoder = layer.active_bank, layer.decoder
     scores, first = [], []
-    with internal_run(), _eager(layer.model):
+    with internal_run(), eager_attention(layer.decoder):
         for order in orders:
             lengths = [bank.lengths[i] for i in order]
             joined = _cache(layer, order, as_one=True).alone(0, len(contexts), decoder.config.num_hidden_layers)
@@ -82,14 +81,3 @@ def _attentions(decoder, contexts: torch.Tensor, cache: DynamicCache, start: int
         **{cache_name(type(decoder)): cache},
     )
     return output.attentions
-
-
-@contextmanager
-def _eager(model):
-    """The model's own eager attention, which reports its weights."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)

@@ -126,12 +126,13 @@ def nats(model, blocks: list[dict]) -> list[float]:
 
 def described(model, path: str) -> dict:
     """What an adapter is: its method, size and settings, and the end of the path that it came from."""
+    from idp_peft.evaluation.description import adapter_parameters
+
     config = model.active_peft_config
     fields = ("r", "lora_alpha", "num_prompts", "num_virtual_tokens", "selection", "selection_layer", "assignment")
     found = {name: value for name in fields if (value := getattr(config, name, None)) is not None}
     place = [part for part in Path(path).absolute().parts if part != "adapter"][-2:]
-    parameters = sum(value.numel() for name, value in model.named_parameters() if "lora_" in name or "idp_" in name)
-    return {"method": config.peft_type.value, "parameters": parameters, "from": "/".join(place), **found}
+    return {"method": config.peft_type.value, "parameters": adapter_parameters(model), "from": "/".join(place), **found}
 
 
 def measure(options: argparse.Namespace) -> dict:
@@ -191,9 +192,9 @@ def markdown(result: dict) -> str:
 def write(result: dict, output: Path) -> None:
     """The result as JSON, its tables, and a figure for each of the two comparisons."""
     from idp_peft.analysis import PatternComparison
+    from idp_peft.whole_file import write_whole
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(output, json.dumps(result, allow_nan=False) + "\n")
     output.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
     for key in ("all_tokens", "without_first"):
         figure = PatternComparison.from_dict(result[key]).plot()

@@ -14,6 +14,8 @@ import json
 import statistics
 from pathlib import Path
 
+from benchmarks.markdown import head, marked, row
+
 _LATENCY = Path(__file__).parent.parent / "latency" / "results" / "dense.json"
 _CASE = {"part": "requests", "batch": 1, "tokens_in": 128, "tokens_out": 32}
 POINTS = 1.24
@@ -24,7 +26,7 @@ def claims(studies: list) -> str:
     """Tables in Markdown: the claims on the first compression, and what the others say of those that depend on it."""
     first, *others = studies
     tables = [_table("claims", [*_of_one(first), _parameters(first), _latency()])]
-    if rows := [row for study in others for row in _of_one(study)]:
+    if rows := [cells for study in others for cells in _of_one(study)]:
         tables.append(_table("claims elsewhere", rows))
     return "\n".join(tables)
 
@@ -35,9 +37,8 @@ def _of_one(study) -> list:
 
 
 def _table(name: str, rows: list) -> str:
-    lines = ["| claim | measured | verdict |", "|---|---|---|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows if row is not None]
-    return f"<!-- {name}: begin -->\n" + "\n".join(lines) + f"\n<!-- {name}: end -->\n"
+    made = [row(cells) for cells in rows if cells is not None]
+    return marked(name, [*head(["claim", "measured", "verdict"], numbers=False), *made])
 
 
 def _against_lora(study, name: str) -> list[str] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from benchmarks.study.matrix import BOS_PREFIX, COMPOSED, OBJECTIVES, OWN_BOS_PREFIX, UNTRAINED, Contender, Matrix
@@ -55,14 +54,16 @@ def load(matrix: Matrix, one: Contender, adapter: Path | None):
 
 def describe(matrix: Matrix, one: Contender, model, adapter: Path | None) -> dict:
     """What a cell says of its model: numbers that its adapter holds, and how it was trained."""
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
+
+    from idp_peft.evaluation.description import adapter_parameters
 
     is_peft = isinstance(model, PeftModel)
     config = model.active_peft_config if is_peft else None
     record = None if adapter is None else adapter.parent / "run.json"
     training = json.loads(record.read_text()) if record is not None and record.is_file() else {}
     return {
-        "extra_parameters": sum(part.numel() for part in get_peft_model_state_dict(model).values()) if is_peft else 0,
+        "extra_parameters": adapter_parameters(model) if is_peft else 0,
         "num_prompts": getattr(config, "num_prompts", None),
         "method_settings": matrix.methods.get(one.method),
         "training": training.get("training"),
@@ -82,7 +83,6 @@ def _train(matrix: Matrix, one: Contender, options: dict, runs: Path) -> Path:
     data = {name: arguments.pop(name) for name in ("dataset", "block_tokens", "context_tokens", "min_tokens")}
     learning_rate = options.pop("learning_rate", None)
     teacher = matrix.base if OBJECTIVES[one.objective] == "distillation" else None
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return recover(
         RecoverOptions(model=matrix.model_of(one.compression), teacher=teacher, **data, **options),
         RecoverArguments(

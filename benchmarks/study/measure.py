@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
+from benchmarks.choice.losses import nats_of_every_prompt
+from benchmarks.study.choices import ContextRecorder, least_loss
 from idp_peft.evaluation.chunks import chunk_documents, score_chunks
+from idp_peft.evaluation.harness import HarnessModel
 from idp_peft.evaluation.prompted import choose, num_prompts
-from idp_peft.evaluation.task_scores import run_task, sample_indices, score_tasks
+from idp_peft.evaluation.task_loading import load_tasks
+from idp_peft.evaluation.task_scores import run_task, sample_indices, score_of
 
 
 def score_text(model, tokenizer, name: str, documents: int, settings: dict) -> dict:
@@ -17,18 +23,16 @@ def score_text(model, tokenizer, name: str, documents: int, settings: dict) -> d
     """
     length, context, batch = settings["block_tokens"], settings["context_tokens"], settings["batch_size"]
     ids, blocks = _blocks(tokenizer, name, documents, length)
-    if (count := num_prompts(model) or 1) == 1:
-        nats, prompts = score_chunks(model, blocks, context, batch_size=batch, description=name).nats.tolist(), None
+    prompts, count = None, num_prompts(model) or 1
+    if count == 1:
+        nats = score_chunks(model, blocks, context, batch_size=batch, description=name).nats.tolist()
     else:
-        contexts = [block[:context] for block in blocks]
-        prompts = choose(model, contexts, batch)
-        by_prompt = [score_chunks(model, blocks, context, i, batch, f"{name}, {i}").nats.tolist() for i in range(count)]
-        nats = [by_prompt[prompt][number] for number, prompt in enumerate(prompts)]
+        prompts = choose(model, [block[:context] for block in blocks], batch)
+        after, of_context = nats_of_every_prompt(model, torch.tensor(blocks), context, count, batch)  # [items, M] each
+        nats = [float(after[number, prompt]) for number, prompt in enumerate(prompts)]
     items = [{"id": i, "nats": value, "tokens": length - context} for i, value in zip(ids, nats, strict=True)]
     if prompts is not None:
-        for item, prompt in zip(items, prompts, strict=True):
-            item["prompt"] = prompt
-        _add(items, by_prompt, "nats", _least_loss(model, contexts, batch))
+        _add(items, prompts, of_context.argmin(1).tolist(), {"nats": after.tolist()})
     return {"metric": "nats", "block_tokens": length, "context_tokens": context, "items": items}
 
 
@@ -55,49 +59,31 @@ def score_task(model, tokenizer, name: str, settings: dict, each_prompt: bool) -
         `dict`: `metric`, `chance` and `items`: `id`, `score`, `scores`, `prompt`, and with `each_prompt`
         `least_loss_prompt` and `by_prompt` (`{"score": [M], "probability": [M]}`).
     """
-    wanted = {"limit": settings["limit"], "seed": settings["sample_seed"], "batch_size": settings["batch_size"]}
+    task, batch = load_tasks([name])[name], settings["batch_size"]
+    sample = sample_indices(len(task.eval_docs), settings["limit"], settings["sample_seed"], name)
+
+    def answered(prompt: int | None = None) -> list[dict]:
+        return run_task(HarnessModel(model, tokenizer, batch, prompt), task, name, sample)
+
     if not each_prompt:
-        result = score_tasks(model, tokenizer, [name], **wanted)[name]
-        return {key: result[key] for key in ("metric", "chance", "items")}
-    forced = [
-        score_tasks(model, tokenizer, [name], prompt_id=prompt, **wanted)[name] for prompt in range(num_prompts(model))
-    ]
-    contexts = _contexts(model, tokenizer, name, wanted)
-    chosen = choose(model, contexts, wanted["batch_size"])
-    items = []
-    for number, prompt in enumerate(chosen):
-        items.append({**forced[prompt]["items"][number], "prompt": prompt})
-    _add(
-        items,
-        [[item["score"] for item in one["items"]] for one in forced],
-        "score",
-        _least_loss(model, contexts, wanted["batch_size"]),
-    )
-    if "probability" in items[0]["scores"]:
-        for number, item in enumerate(items):
-            item["by_prompt"]["probability"] = [one["items"][number]["scores"]["probability"] for one in forced]
-    return {"metric": forced[0]["metric"], "chance": forced[0]["chance"], "items": items}
+        items = answered()
+    else:
+        forced = [answered(prompt) for prompt in range(num_prompts(model))]
+        recorder = ContextRecorder(model, tokenizer, batch)
+        run_task(recorder, task, name, sample)
+        contexts = [recorder.contexts[name, within] for within in range(len(forced[0]))]
+        prompts = choose(model, contexts, batch)
+        items = [dict(forced[prompt][number]) for number, prompt in enumerate(prompts)]
+        by_prompt = {"score": [[one[i]["score"] for one in forced] for i in range(len(items))]}
+        if "probability" in items[0]["scores"]:
+            by_prompt["probability"] = [[one[i]["scores"]["probability"] for one in forced] for i in range(len(items))]
+        _add(items, prompts, least_loss(model, contexts, num_prompts(model), batch), by_prompt)
+    score = score_of(name, items[0]["scores"])
+    return {"metric": score.metric, "chance": score.chance, "items": items}
 
 
-def _contexts(model, tokenizer, name: str, wanted: dict) -> list[list[int]]:
-    """What a choice may read of each question of the sample, in the order of the items."""
-    from benchmarks.study.choices import ContextRecorder
-    from idp_peft.evaluation.task_loading import load_tasks
-
-    task = load_tasks([name])[name]
-    sample = sample_indices(len(task.eval_docs), wanted["limit"], wanted["seed"], name)
-    recorder = ContextRecorder(model, tokenizer, wanted["batch_size"])
-    run_task(recorder, task, name, sample)
-    return [recorder.contexts[name, within] for within in range(len(sample or task.eval_docs))]
-
-
-def _least_loss(model, rows: list[list[int]], batch_size: int) -> list[int]:
-    from benchmarks.study.choices import least_loss
-
-    return least_loss(model, rows, num_prompts(model), batch_size)
-
-
-def _add(items: list[dict], by_prompt: list[list[float]], key: str, least_loss: list[int]) -> None:
+def _add(items: list[dict], prompts: list[int], least_loss: list[int], by_prompt: dict[str, list[list[float]]]) -> None:
+    """What each way of choosing takes for each item, and what every prompt is worth on it, `[items][M]` by what is measured."""
     for number, item in enumerate(items):
-        item["least_loss_prompt"] = least_loss[number]
-        item["by_prompt"] = {key: [values[number] for values in by_prompt]}
+        item |= {"prompt": prompts[number], "least_loss_prompt": least_loss[number]}
+        item["by_prompt"] = {key: values[number] for key, values in by_prompt.items()}

@@ -7,52 +7,18 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.study.cells import ATTENTION, USES, Entry, read_entries, values
+from benchmarks.markdown import head, marked, row
+from benchmarks.study.cells import ATTENTION, LEAST_LOSS, USES, Entry, read_entries, values
 from benchmarks.study.claims import claims
-from benchmarks.study.estimates import Compared, Table, correct
+from benchmarks.study.estimates import Compared, Table
 from benchmarks.study.matrix import NO_COMPRESSION, Matrix
-from idp_peft.report.choices import SINGLE
+from benchmarks.study.studies import Study, as_dict, read_studies
+from idp_peft.report.choices import ORACLE, RANDOM, SINGLE
 from idp_peft.report.formatting import NONE, estimate, number, recovery
 from idp_peft.report.statistics import mcnemar
 
 _HERE = Path(__file__).parent
 _USE_NAMES = dict(zip(USES, ("attention", "least loss", "random", "best single", "oracle"), strict=True))
-
-
-class Study:
-    """Everything computed of one compression.
-
-    Args:
-        entries (`list[Entry]`): dense, compressed and every method that has cells.
-    """
-
-    def __init__(self, matrix: Matrix, compression: str, entries: list[Entry]) -> None:
-        self.matrix, self.compression, self.entries = matrix, compression, entries
-        self.by_name = {(e.one.method, e.one.objective): e for e in entries}
-        self.dense, self.compressed = self.by_name["dense", None], self.by_name["compressed", None]
-        self.texts = {name: Table(entries, [f"text_{name}"], "nats") for name in matrix.texts}
-        answered = [entry for entry in entries if all(entry.measured(task) for task in matrix.tasks)]
-        answered = answered if self.compressed in answered else []
-        self.accuracy = Table(answered, matrix.tasks, "score")
-        self.probability = Table(answered, matrix.tasks, "probability")
-
-    def repaired(self) -> list[Entry]:
-        return [entry for entry in self.entries if entry not in (self.dense, self.compressed)]
-
-    def get(self, method: str, objective: str | None = "lm") -> Entry | None:
-        return self.by_name.get((method, objective))
-
-    def against_compressed(self, table: Table) -> list[Compared]:
-        return correct([table.difference(entry, self.compressed) for entry in self.repaired()])
-
-    def against_idp(self, table: Table) -> list[Compared]:
-        """IDP against every other repair, and against other uses of its own prompts."""
-        idp = self.get("idp")
-        if idp is None:
-            return []
-        family = [table.difference(idp, other) for other in self.repaired() if other is not idp]
-        family += [table.difference(idp, idp, (ATTENTION, use)) for use in USES[1:-1]]
-        return correct(family)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -66,16 +32,6 @@ def main(arguments: list[str] | None = None) -> None:
     (folder / "report.md").write_text(report(matrix, studies, options.results))
     (folder / "statistics.json").write_text(json.dumps({s.compression: as_dict(s) for s in studies}, indent=1) + "\n")
     print(f"{folder / 'report.md'}, {folder / 'statistics.json'}")
-
-
-def read_studies(matrix: Matrix, results: Path) -> list[Study]:
-    """One for each compression of which the dense and the compressed model are measured."""
-    studies = []
-    for compression in matrix.compressions:
-        entries = read_entries(matrix, results, compression)
-        if {"dense", "compressed"} <= {entry.one.method for entry in entries}:
-            studies.append(Study(matrix, compression, entries))
-    return studies
 
 
 def report(matrix: Matrix, studies: list[Study], results: Path) -> str:
@@ -101,33 +57,38 @@ def headline(study: Study) -> str:
         line = [entry.label + seeds, f"{entry.extra_parameters:,}"]
         line += [_recovered(study, table, entry) for table in study.texts.values()]
         rows.append([*line, _points(study, study.accuracy, entry)])
+        if entry is study.get("idp"):
+            for use in (RANDOM, LEAST_LOSS, ORACLE):
+                bound = " (bound)" if use == ORACLE else ""
+                line = [f"- its {_USE_NAMES[use]} choice{bound}", ""]
+                line += [_recovered(study, table, entry, use) for table in study.texts.values()]
+                rows.append([*line, _points(study, study.accuracy, entry, use)])
     damage = {name: table.difference(study.compressed, study.dense) for name, table in study.texts.items()}
     said = "; ".join(f"{name} {estimate(asdict(one.estimate), 3, signed=True)}" for name, one in damage.items())
     columns = ["model", "parameters", *(f"recovery, {name}" for name in study.texts)]
     columns.append(f"accuracy over {len(study.accuracy.measures)} tasks, points")
-    return f"Damage in nats per token: {said}.\n\n" + _markdown(columns, rows, f"headline {study.compression}")
+    return f"Damage in nats per token: {said}.\n\n" + _table(columns, rows, f"headline {study.compression}")
 
 
-def _points(study: Study, table: Table, entry: Entry) -> str:
+def _points(study: Study, table: Table, entry: Entry, use: str = ATTENTION) -> str:
     """Points to the compressed model, with their interval; a dash where the tasks were not measured."""
     if entry is study.compressed:
         return "0"
-    gap = table.difference(entry, study.compressed)
+    gap = table.difference(entry, study.compressed, (use, ATTENTION))
     return estimate(gap and asdict(gap.estimate), 1, 100, signed=True)
 
 
-def _recovered(study: Study, table: Table, entry: Entry) -> str:
+def _recovered(study: Study, table: Table, entry: Entry, use: str = ATTENTION) -> str:
     if entry in (study.dense, study.compressed):
         return NONE
-    found = table.recovery(entry, study.compressed, study.dense)
+    found = table.recovery(entry, study.compressed, study.dense, use)
     return recovery(found and asdict(found))
 
 
 def comparisons(study: Study) -> str:
     """Against the compressed model and against IDP, seed by seed; Holm within each of the two families of a text."""
     rows = []
-    tables = {**study.texts, "accuracy": study.accuracy, "probability": study.probability}
-    for name, table in tables.items():
+    for name, table in study.tables.items():
         is_text = name in study.texts
         digits, scale = (4, 1) if is_text else (1, 100)
         for one in [*study.against_compressed(table), *study.against_idp(table)]:
@@ -146,7 +107,7 @@ def comparisons(study: Study) -> str:
                 ]
             )
     columns = ["measure", "left", "right", "left minus right", "each seed", "p (Holm)", "left is"]
-    return _markdown(columns, rows, f"comparisons {study.compression}")
+    return _table(columns, rows, f"comparisons {study.compression}")
 
 
 def _verdict(one: Compared, higher_is_better: bool) -> str:
@@ -159,7 +120,7 @@ def choices(study: Study) -> str:
     """What each way of choosing among one bank's prompts is worth."""
     rows = []
     for entry in (entry for entry in study.entries if entry.chooses):
-        for name, table in {**study.texts, "accuracy": study.accuracy, "probability": study.probability}.items():
+        for name, table in study.tables.items():
             line = [entry.label, name]
             for use in USES:
                 seeds = table.seeds(entry, use)
@@ -181,7 +142,7 @@ def choices(study: Study) -> str:
             if line[2] != NONE:
                 rows.append([*line, _taken(entry, table)])
     columns = ["bank", "measure", *_USE_NAMES.values(), "prompts taken by attention"]
-    return _markdown(columns, rows, f"choices {study.compression}")
+    return _table(columns, rows, f"choices {study.compression}")
 
 
 def _taken(entry: Entry, table: Table) -> str:
@@ -214,7 +175,7 @@ def tasks(study: Study) -> str:
         + " / ".join(f"p = {p:.2g}" for p in found)
         for entry, other, found, count in _mcnemar(study)
     ]
-    return _markdown(columns, rows, f"tasks {study.compression}") + "\n".join(f"* {line}" for line in lines) + "\n"
+    return _table(columns, rows, f"tasks {study.compression}") + "\n".join(f"* {line}" for line in lines) + "\n"
 
 
 def _mcnemar(study: Study) -> list[tuple[Entry, Entry, list[float], int]]:
@@ -258,29 +219,11 @@ def _control(matrix: Matrix, results: Path) -> str | None:
             line.append(estimate(asdict(gap.estimate), 4, signed=True))
         rows.append(line)
     columns = ["trained on the dense model", *(f"nats per token, {name}" for name in matrix.texts)]
-    return "## Control: the same training on the dense model\n\n" + _markdown(columns, rows, "control")
+    return "## Control: the same training on the dense model\n\n" + _table(columns, rows, "control")
 
 
-def as_dict(study: Study) -> dict:
-    """The comparisons and means behind the tables, for programs."""
-    tables = {**{f"text {name}": table for name, table in study.texts.items()}, "accuracy": study.accuracy}
-    tables["probability"] = study.probability
-    return {
-        name: {
-            "means": {entry.label: asdict(table.mean(entry)) for entry in table.entries},
-            "comparisons": [
-                asdict(one) | {"seen": bool(one.seen)}
-                for one in [*study.against_compressed(table), *study.against_idp(table)]
-            ],
-        }
-        for name, table in tables.items()
-    }
-
-
-def _markdown(columns: list[str], rows: list[list[str]], name: str) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "|" + "|".join(["---"] + ["---:"] * (len(columns) - 1)) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return f"<!-- {name}: begin -->\n" + "\n".join(lines) + f"\n<!-- {name}: end -->\n"
+def _table(columns: list[str], rows: list[list[str]], name: str) -> str:
+    return marked(name, [*head(columns), *map(row, rows)])
 
 
 if __name__ == "__main__":

@@ -75,21 +75,15 @@ class Bench:
     def trial(self, settings: SimpleNamespace) -> dict:
         """Train one adapter and score it on the validation blocks, each prompt forced as well."""
         import torch
-        from peft import get_peft_model
         from transformers import TrainingArguments, set_seed
 
-        from idp_peft.recover.intact_prefix import start_prefix
-        from idp_peft.recover.methods import corpus_starts, method_config, opening
+        from idp_peft.recover.adapter import with_adapter
         from idp_peft.recover.training import make_trainer, training_examples
 
         began = time.perf_counter()
         model = _load(self.folder)
         set_seed(settings.seed)
-        texts = corpus_starts(self.tokenizer, self.train, settings) if settings.init == "corpus" else None
-        model = get_peft_model(model, method_config(model, settings, texts))
-        if settings.method == "prefix_tuning" and settings.init == "corpus":
-            tokens = opening(self.tokenizer, self.train, model.active_peft_config.num_virtual_tokens)
-            start_prefix(model, self.teacher, tokens)
+        model = with_adapter(model, self.tokenizer, self.train, settings, self.teacher)
         arguments = TrainingArguments(
             output_dir="runs/tuning",
             max_steps=settings.steps,

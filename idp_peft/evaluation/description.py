@@ -24,7 +24,7 @@ def describe(model, settings: dict) -> dict:
         "model": settings["model"],
         "adapter": settings["adapter"],
         "method": method,
-        "extra_parameters": 0 if config is None else _adapter_parameters(model),
+        "extra_parameters": 0 if config is None else adapter_parameters(model),
         "num_prompts": getattr(config, "num_prompts", None),
         "training": _training(settings["adapter"]),
     }
@@ -37,7 +37,7 @@ def _role(model, settings: dict) -> str:
     return "compressed" if quantized or Path(settings["model"], "compression.json").is_file() else "dense"
 
 
-def _adapter_parameters(model) -> int:
+def adapter_parameters(model) -> int:
     """Numbers that the adapter's file holds."""
     from peft import get_peft_model_state_dict
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from idp_peft.evaluation.environment import environment
 from idp_peft.evaluation.model_scores import evaluate_model
 from idp_peft.evaluation.task_loading import check_tasks
 from idp_peft.evaluation.windows import check_window
+from idp_peft.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -142,14 +141,5 @@ def load(model: str, adapter: str | None):
 
 
 def write(output: Path, result: dict) -> None:
-    """Write JSON beside its place and move it there: a killed run leaves no half of a file."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{output.name}-", dir=output.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
-            file.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, output)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    """Write JSON, whole or not at all."""
+    write_whole(output, json.dumps(result, indent=1) + "\n")

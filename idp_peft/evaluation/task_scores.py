@@ -72,7 +72,7 @@ def score_tasks(
                 again = run_task(HarnessModel(model, tokenizer, batch_size, forced), task, name, samples[name])
                 for item, other in zip(items, again, strict=True):
                     item.setdefault("score_by_prompt", []).append(other["score"])
-        score = _score_of(name, items[0]["scores"])
+        score = score_of(name, items[0]["scores"])
         mean = sum(item["score"] for item in items) / len(items)
         results[name] = {"metric": score.metric, "score": mean, "chance": score.chance, "items": items}
     return results
@@ -105,7 +105,7 @@ def run_task(harness_model, task, name: str, sample: list[int] | None) -> list[d
         items.append(
             {
                 "id": str(number),
-                "score": scores[_score_of(name, scores).metric],
+                "score": scores[score_of(name, scores).metric],
                 "scores": scores,
                 "prompt": harness_model.prompts.get((name, within)),
             }
@@ -113,7 +113,7 @@ def run_task(harness_model, task, name: str, sample: list[int] | None) -> list[d
     return sorted(items, key=lambda item: int(item["id"]))
 
 
-def _score_of(name: str, scores: dict[str, float]) -> TaskScore:
+def score_of(name: str, scores: dict[str, float]) -> TaskScore:
     """The metric of record of a task: as the local task of that name, else the first that the harness gives."""
     known = SCORES.get(name.removeprefix(PREFIX).removesuffix("_openai"))
     if known is not None and known.metric in scores:

@@ -10,6 +10,8 @@ import torch
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from torch import nn
 
+from idp_peft.decoder import given_cache
+
 
 def intact_prefix(model: nn.Module, dense: nn.Module, token_ids: list[int]) -> PeftModel:
     """The compressed model behind what the dense one makes of some tokens; nothing is trained.
@@ -42,9 +44,7 @@ def start_prefix(model: PeftModel, dense: nn.Module, token_ids: list[int]) -> No
     Raises:
         `ValueError`: for a prefix of another shape.
     """
-    outputs = dense(torch.tensor([token_ids], device=dense.device), use_cache=True)
-    # transformers 5.24 calls the output `cache`.
-    cache = outputs.past_key_values if "past_key_values" in outputs else outputs.cache
+    cache = given_cache(dense(torch.tensor([token_ids], device=dense.device), use_cache=True))
     parts = [part[0] for layer in cache.layers for part in (layer.keys, layer.values)]  # 2L of [kv_heads, k, head_dim]
     shapes = {tuple(part.shape) for part in parts}
     weight = model.prompt_encoder[model.active_adapter].embedding.weight  # [k, 2L * kv_heads * head_dim]

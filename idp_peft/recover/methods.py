@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
-import torch
 from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
@@ -15,7 +13,7 @@ from idp_peft.decoder import embedding_width
 from idp_peft.loading import find_model
 
 METHODS = ("idp", "prompt_tuning", "prefix_tuning", "lora")
-# Peak learning rates: those of prompts and LoRA were tuned (benchmarks/LOG.md); prefix tuning's was not.
+# Peak learning rates, as tuned (benchmarks/LOG.md); prefix tuning's is for the start at a teacher's keys and values, untuned.
 LEARNING_RATES = {"idp": 3e-2, "prompt_tuning": 3e-2, "prefix_tuning": 1e-2, "lora": 1e-3}
 
 
@@ -104,18 +102,3 @@ def prefix_parameters_per_token(config) -> int:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return 2 * config.num_hidden_layers * kv_heads * head_dim
-
-
-def corpus_starts(tokenizer, blocks: list[list[int]], options) -> list[str]:
-    """One text per prompt for `init="corpus"`: the first tokens of as many random training blocks. Drawn from torch's global
-    generator."""
-    chosen = torch.randperm(len(blocks))[: options.num_prompts].tolist()
-    return [tokenizer.decode(blocks[i][: options.num_virtual_tokens]) for i in chosen]
-
-
-def opening(tokenizer, blocks: list[list[int]], count: int) -> list[int]:
-    """`count` tokens that a prefix starts at: the beginning-of-sequence token, where there is one, then training blocks in
-    random order. Drawn from torch's global generator."""
-    front = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    shuffled = itertools.chain.from_iterable(blocks[i] for i in torch.randperm(len(blocks)).tolist())
-    return list(itertools.islice(itertools.chain(front, shuffled), count))

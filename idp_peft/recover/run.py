@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import TrainingArguments, set_seed
 
 from idp_peft.evaluation import environment
@@ -17,9 +17,9 @@ from idp_peft.gradient_probe import probe_gradients
 from idp_peft.hub.adapter_folder import push_adapter
 from idp_peft.hub.push import PushError
 from idp_peft.loading import accepted_by_trainer, load_model, load_tokenizer
+from idp_peft.recover.adapter import with_adapter
 from idp_peft.recover.distillation import check_distillation
-from idp_peft.recover.intact_prefix import start_prefix
-from idp_peft.recover.methods import LEARNING_RATES, corpus_starts, method_config, opening
+from idp_peft.recover.methods import LEARNING_RATES
 from idp_peft.recover.run_folder import RunFolder
 from idp_peft.recover.self_text import sample_blocks
 from idp_peft.recover.stopping import StopAtSignal
@@ -144,10 +144,7 @@ def _with_adapter(
     model, tokenizer, blocks: list[list[int]], options, arguments: TrainingArguments, teacher
 ) -> PeftModel:
     set_seed(arguments.seed)  # the prompts' start depends on the seed alone
-    texts = corpus_starts(tokenizer, blocks, options) if options.init == "corpus" else None
-    model = get_peft_model(model, method_config(model, options, texts))
-    if options.method == "prefix_tuning" and teacher is not None and options.init == "corpus":
-        start_prefix(model, teacher, opening(tokenizer, blocks, model.active_peft_config.num_virtual_tokens))
+    model = with_adapter(model, tokenizer, blocks, options, teacher)
     logger.info("%d trainable parameters", model.get_nb_trainable_parameters()[0])
     return model
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+
+from idp_peft.whole_file import write_whole
 
 # Of TrainingArguments, what decides which adapter comes out. The rest (logging, saving, progress bars, ...) may change
 # between a run and its continuation.
@@ -87,10 +88,7 @@ class RunFolder:
     def write(self, status: str, **more) -> None:
         """Put the status and further entries into `run.json`; a reader sees the old file or the new one, never a half."""
         self.record |= {"status": status, **more}
-        self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self.file)
+        write_whole(self.file, json.dumps(self.record, indent=1) + "\n")
 
     def _check_same(self) -> None:
         before = self.record["settings"]

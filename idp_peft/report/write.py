@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 
 from idp_peft.report.analysis import analyse, as_json
@@ -12,6 +10,7 @@ from idp_peft.report.markdown import markdown
 from idp_peft.report.page import page
 from idp_peft.report.plots import figures
 from idp_peft.report.results import read_results
+from idp_peft.whole_file import write_whole
 
 
 def write_report(results: list[str | Path], output_dir: str | Path, seed: int = 0) -> Path:
@@ -44,20 +43,6 @@ def write_report(results: list[str | Path], output_dir: str | Path, seed: int = 
         "report.md": markdown(analysis.statistics),
         "report.html": page(analysis, figures(analysis)),
     }
-    output_dir.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        _write_whole(output_dir / name, text)
+        write_whole(output_dir / name, text)
     return output_dir / "report.html"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Replace `path` in one step, so that nobody ever reads half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp keeps its files from everybody else
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

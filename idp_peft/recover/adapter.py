@@ -1,0 +1,56 @@
+"""The adapter that a repair trains, as it starts: from openings of the training text where that is asked for."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from idp_peft.recover.intact_prefix import start_prefix
+from idp_peft.recover.methods import method_config, prefix_parameters_per_token
+
+logger = logging.getLogger(__name__)
+
+
+def with_adapter(
+    model: nn.Module, tokenizer, blocks: list[list[int]], options, teacher: nn.Module | None = None
+) -> PeftModel:
+    """The model with the adapter of `options.method` on it. What is random is drawn from torch's global generator.
+
+    With `options.init` "corpus", prompts start at the openings of training blocks, and a prefix at the teacher's keys and
+    values of some, where there is a teacher of the model's own shape.
+
+    Args:
+        model (`PreTrainedModel`): the compressed model.
+        tokenizer: its tokenizer.
+        blocks (`list[list[int]]`): token ids of the training text.
+        options (`RecoverOptions`): what the user asked for; see [`method_config`].
+        teacher (`PreTrainedModel`, *optional*): the dense model.
+    """
+    from_text = options.init == "corpus"
+    texts = corpus_starts(tokenizer, blocks, options) if from_text else None
+    adapted = get_peft_model(model, method_config(model, options, texts))
+    if options.method == "prefix_tuning" and from_text and teacher is not None:
+        if prefix_parameters_per_token(teacher.config) == prefix_parameters_per_token(model.config):
+            start_prefix(adapted, teacher, opening(tokenizer, blocks, adapted.active_peft_config.num_virtual_tokens))
+        else:
+            logger.warning("the teacher has other keys and values than the model: the prefix starts at random")
+    return adapted
+
+
+def corpus_starts(tokenizer, blocks: list[list[int]], options) -> list[str]:
+    """One text per prompt for `init="corpus"`: the first tokens of as many random training blocks. Drawn from torch's global
+    generator."""
+    chosen = torch.randperm(len(blocks))[: options.num_prompts].tolist()
+    return [tokenizer.decode(blocks[i][: options.num_virtual_tokens]) for i in chosen]
+
+
+def opening(tokenizer, blocks: list[list[int]], count: int) -> list[int]:
+    """`count` tokens that a prefix starts at: the beginning-of-sequence token, where there is one, then training blocks in
+    random order. Drawn from torch's global generator."""
+    front = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    shuffled = itertools.chain.from_iterable(blocks[i] for i in torch.randperm(len(blocks)).tolist())
+    return list(itertools.islice(itertools.chain(front, shuffled), count))
