@@ -189,12 +189,9 @@ class DecoderCall:
         # that left it in a cache: the prompt must go through with its input.
         concatenate = checkpointing or padding_first or (by_layer and layer.trains)
 
-        length = None
-        if has_changing_rotary(decoder):
-            length = rotary_length(decoder, bank.max_length + (tokens if mask is None else int(real.sum(-1).max())))
         if by_layer and not layer.trains:
             layer.prompt_cache()  # every process must gather the layers for it, those too whose rows will not read it
-        part = self._part(prompts_for(layer, kwargs, real, length).to(real.device))
+        part = self._part(prompts_for(layer, kwargs, real).to(real.device))
         if not part.positions and cache is None and not returns_cache:
             return  # the base model, exactly
         positions = kwargs.get("position_ids")
@@ -211,6 +208,7 @@ class DecoderCall:
             frame.concatenation = self._concatenate(decoder, kwargs, part, real, positions, padding_first)
         else:
             if part.positions:
+                length = rotary_length(decoder, int(positions.max()) + 1) if has_changing_rotary(decoder) else None
                 self._put_prompts(part.prompt_ids.clamp(min=0), frame.view, length)
             kwargs["attention_mask"] = _mask_with_prompt(decoder, cache, part, mask, len(real), tokens)
             _set_positions(decoder, kwargs, positions)

@@ -43,6 +43,15 @@ def checked_mask(kwargs: dict, batch: int, slots: int, of: str) -> torch.Tensor 
     return mask
 
 
+def real_tokens(layer, inputs: dict, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Which tokens of an input that has room behind a layer's prompts are no padding: bool `[batch, n]`."""
+    source = checked_inputs(inputs)
+    mask = checked_mask({"attention_mask": attention_mask}, *source.shape[:2], "the input")
+    real = source.new_ones(source.shape[:2], dtype=torch.bool) if mask is None else mask.to(source.device).bool()
+    check_room(layer.decoder, real.shape[1], layer.active_bank.max_length, real)
+    return real
+
+
 def refuse_packed(kwargs: dict, real: torch.Tensor) -> None:
     """Raise where a row holds several documents: each would need a prompt of its own."""
     packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx", "cu_seqlens"))

@@ -1,0 +1,240 @@
+"""One choice for one input: every way into the method makes the one that `model(...)` makes of the input alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from idp_peft.analysis import attention_map, selection_report
+from idp_peft.evaluation.prompted import choose
+from idp_peft.serving import ExportedModel, Router, VllmPrompts, export_to_vocab
+from idp_peft.serving.prompted_request import RequestPrompter
+from tests.test_harness import tokenizer
+from tests.tiny import ARCHITECTURES_AND_MORE, CHANGING_ROTARY, VOCAB
+from tests.tiny_serving import Saved, saved
+
+K, SWITCH = 4, 12  # a prompt's tokens, and the length at which the frequencies of `CHANGING_ROTARY` change
+CLEAR = 1e-5  # a best score stands so far before the next that no rounding turns them round
+
+
+@dataclass
+class Case:
+    """A model, its parts that serve, and inputs with the choice that each makes alone."""
+
+    one: Saved
+    rows: list[list[int]]
+    expected: list[int]
+    router: Router
+    prompter: RequestPrompter
+    native: torch.nn.Module
+
+
+@pytest.fixture(scope="module", params=list(ARCHITECTURES_AND_MORE))
+def case(request, tmp_path_factory) -> Case:
+    folder, name = tmp_path_factory.mktemp(request.param), request.param
+    one = saved(folder, name, tokenizer=tokenizer(), num_prompts=4, num_virtual_tokens=K)
+    exported = ExportedModel.from_folder(export_to_vocab(one.adapter, folder / "exported", one.base))
+    router, native = Router.from_pretrained(one.adapter, one.base), AutoModelForCausalLM.from_pretrained(one.adapter)
+    rows, expected = clear_choices(one.model, candidates(4 if name in CHANGING_ROTARY else 1))
+    return Case(one, rows, expected, router, RequestPrompter(router, exported, max_tokens=32), native.eval())
+
+
+def candidates(of_each_length: int) -> list[list[int]]:
+    """Texts of 2 to 19 tokens: behind a prompt, some end before the switch and some after; long and short by turns."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [length for pair in zip(range(2, 11), range(19, 10, -1), strict=True) for length in pair]
+    return [torch.randint(2, VOCAB, (n,), generator=generator).tolist() for n in lengths * of_each_length]
+
+
+def clear_choices(model, rows: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """The rows whose best prompt is clearly the best, and that prompt."""
+    clear, expected = [], []
+    for row in rows:
+        with torch.no_grad():
+            model(input_ids=torch.tensor([row]))
+        scores = model.last_selection.scores[0]
+        best, second = scores.topk(2).values
+        if best - second > CLEAR * best:
+            clear.append(row)
+            expected.append(int(scores.argmax()))
+    assert len(clear) > 0.9 * len(rows) and len(set(expected)) > 1, "else little would be compared"
+    return clear, expected
+
+
+def batches(rows: list[list[int]], side: str = "left", size: int = 7):
+    """The rows in their order, `size` at once: `input_ids` and `attention_mask`, padded on one side."""
+    for start in range(0, len(rows), size):
+        some = rows[start : start + size]
+        width = max(map(len, some))
+        padded = [[0] * (width - len(row)) + row if side == "left" else row + [0] * (width - len(row)) for row in some]
+        ones = [[1] * len(row) + [0] * (width - len(row)) for row in some]
+        masks = [mask[::-1] if side == "left" else mask for mask in ones]
+        yield {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(masks)}
+
+
+# ---------------------------------------------------------------------- the ways in
+
+
+def forward(side: str, native: bool = False, **settings):
+    def choices(case: Case) -> list[int]:
+        model, chosen = case.native if native else case.one.model, []
+        layer = case.native.get_decoder().idp if native else model.base_model.layer
+        for batch in batches(case.rows, side):
+            with torch.no_grad():
+                model(**batch, **settings)
+            chosen += layer.last_selection.prompt_ids.tolist()
+        return chosen
+
+    return choices
+
+
+def beside_forced_rows(case: Case) -> list[int]:
+    chosen = []
+    for row in case.rows:
+        ids = torch.tensor([row, row, [1] * len(row)])
+        with torch.no_grad():
+            case.one.model(input_ids=ids, prompt_ids=["auto", 0, -1])
+        chosen.append(int(case.one.model.last_selection.prompt_ids[0]))
+    return chosen
+
+
+def training(case: Case) -> list[int]:
+    """In a training step that assigns each row the prompt it chooses."""
+    model, chosen = case.one.model, []
+    config = model.base_model.layer.active_config
+    model.train()
+    config.assignment, before = "selected", config.assignment
+    try:
+        for batch in batches(case.rows, "right"):
+            model(**batch, selection_mask=batch["attention_mask"])
+            chosen += model.last_selection.prompt_ids.tolist()
+    finally:
+        model.eval()
+        config.assignment = before
+    return chosen
+
+
+def generate(native: bool = False, one_by_one: bool = False, embeds: bool = False, chunked: bool = False, **settings):
+    def choices(case: Case) -> list[int]:
+        model, chosen = case.native if native else case.one.model, []
+        layer = case.native.get_decoder().idp if native else model.base_model.layer
+        for batch in batches(case.rows, size=1 if one_by_one else 7):
+            if embeds:
+                batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
+            if chunked:  # transformers 5.0 wants the cache to be given
+                batch |= {"past_key_values": DynamicCache(), "prefill_chunk_size": 3}
+            model.generate(**batch, max_new_tokens=2, do_sample=False, **{"use_cache": True, **settings})
+            chosen += layer.last_selection.prompt_ids.tolist()
+        return chosen
+
+    return choices
+
+
+def evaluation(case: Case) -> list[int]:
+    return choose(case.one.model, case.rows, 7)
+
+
+def as_text(row: list[int]) -> str:
+    return " ".join(f"w{token}" for token in row)
+
+
+def log_likelihoods(case: Case) -> list[int]:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    from lm_eval.api.instance import Instance
+
+    from idp_peft.evaluation.harness import HarnessModel
+
+    lm = HarnessModel(case.one.model, tokenizer(), batch_size=7, max_length=32)
+    requests = [
+        Instance("loglikelihood", {}, (as_text(row), f" w{answer} w9"), answer, metadata=("t", number, 1))
+        for number, row in enumerate(case.rows)
+        for answer in (2, 3)
+    ]
+    lm.loglikelihood(requests, disable_tqdm=True)
+    return [lm.prompts["t", number] for number in range(len(case.rows))]
+
+
+def generate_until(case: Case) -> list[int]:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    from lm_eval.api.instance import Instance
+
+    from idp_peft.evaluation.harness import HarnessModel
+
+    lm = HarnessModel(case.one.model, tokenizer(), batch_size=7, max_length=32)
+    settings = {"until": ["<s>"], "max_gen_toks": 2}
+    requests = [
+        Instance("generate_until", {}, (as_text(row), settings), 0, metadata=("t", number, 1))
+        for number, row in enumerate(case.rows)
+    ]
+    lm.generate_until(requests, disable_tqdm=True)
+    return [lm.prompts["t", number] for number in range(len(case.rows))]
+
+
+def report(case: Case) -> list[int]:
+    rows = [{"input_ids": row} for row in case.rows]
+    return selection_report(case.one.model, rows, batch_size=7).prompt_ids.tolist()
+
+
+def map_of_attention(case: Case) -> list[int]:
+    chosen = []
+    for batch in batches(case.rows):
+        shares = attention_map(case.one.model, **batch) * batch["attention_mask"][..., None]
+        chosen += shares.sum(1).argmax(-1).tolist()
+    return chosen
+
+
+def router_batch(side: str):
+    def choices(case: Case) -> list[int]:
+        return [int(i) for batch in batches(case.rows, side) for i in case.router.choose(**batch).prompt_ids]
+
+    return choices
+
+
+def route(case: Case) -> list[int]:
+    return case.router.route(case.rows, batch_size=7).prompt_ids.tolist()
+
+
+def proxy(case: Case) -> list[int]:
+    return case.prompter.completion({"prompt": case.rows})[1]
+
+
+def vllm_embeddings(case: Case) -> list[int]:
+    made = VllmPrompts(case.router).for_llm(case.rows)
+    fronts = [one["prompt_embeds"][:K] for one in made]
+    return [next(i for i, prompt in enumerate(case.router.prompts) if torch.equal(prompt, f)) for f in fronts]
+
+
+WAYS = {
+    "forward, padded on the left": forward("left"),
+    "forward, padded on the right": forward("right"),
+    "forward without a cache": forward("right", use_cache=False),
+    "forward of transformers' own adapter": forward("left", native=True),
+    "beside forced rows": beside_forced_rows,
+    "a training step": training,
+    "generate": generate(),
+    "generate from embeddings": generate(embeds=True),
+    "generate of transformers' own adapter": generate(native=True),
+    "generate with a static cache": generate(cache_implementation="static"),
+    "generate without a cache": generate(use_cache=False),
+    "generate with a prefill in chunks": generate(chunked=True),
+    "generate with drafted tokens": generate(one_by_one=True, prompt_lookup_num_tokens=3),
+    "beams": generate(num_beams=2),
+    "evaluation": evaluation,
+    "lm-eval, log-likelihoods": log_likelihoods,
+    "lm-eval, generation": generate_until,
+    "selection report": report,
+    "attention map": map_of_attention,
+    "router, a batch padded on the left": router_batch("left"),
+    "router, a batch padded on the right": router_batch("right"),
+    "router, texts": route,
+    "proxy": proxy,
+    "vLLM prompts": vllm_embeddings,
+}
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_every_way_in_chooses_as_the_model_does_for_the_input_alone(case, way):
+    assert WAYS[way](case) == case.expected
