@@ -31,13 +31,15 @@ from idp_peft.input_checks import (
     checked_inputs,
     checked_mask,
     refuse_cache_under_checkpointing,
+    refuse_foreign_cache,
     refuse_lengths_by_layer,
+    refuse_lost_cache,
     refuse_packed,
     refuse_without_own_generate,
 )
 from idp_peft.prompt_cache import check_finite
 from idp_peft.prompt_ids import CHOOSES, check_prompt_ids
-from idp_peft.prompted_cache import PromptPart, adopt, decoder_view, is_prompted
+from idp_peft.prompted_cache import PromptPart, adopt, decoder_view, is_prompted, stores_exactly
 from idp_peft.selection import Selection
 from idp_peft.sharding import unwrapped
 
@@ -75,6 +77,8 @@ class DecoderCall:
         cache = given_cache(kwargs)
         started = is_prompted(cache) and cache.idp_part is not None
         name = self.layer.active_name
+        if name is not None:
+            refuse_foreign_cache(cache)
         if (
             name is not None
             and _is_checkpointing(decoder)
@@ -186,8 +190,9 @@ class DecoderCall:
         padding_first = self._padding_must_stand_first(decoder, mask, tokens, returns_cache)
         by_layer = gathers_layers(decoder)
         # Behind a layer whose weights are dropped, nothing asks for them again to pass on the gradient of keys and values
-        # that left it in a cache: the prompt must go through with its input.
-        concatenate = checkpointing or padding_first or (by_layer and layer.trains)
+        # that left it in a cache: the prompt must go through with its input. So it must where a cache would store it in
+        # another way than the base stores the first tokens of a text.
+        concatenate = checkpointing or padding_first or (by_layer and layer.trains) or not stores_exactly(cache)
 
         if by_layer and not layer.trains:
             layer.prompt_cache()  # every process must gather the layers for it, those too whose rows will not read it
@@ -219,6 +224,7 @@ class DecoderCall:
         inputs = checked_inputs(kwargs)
         batch, tokens = inputs.shape[:2]
         refuse_without_own_generate(self.layer, kwargs)
+        refuse_lost_cache(self.layer, kwargs, tokens)
         refuse_lengths_by_layer(decoder)
         mask = checked_mask(kwargs, batch, tokens, "the input")
         real = torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device) if mask is None else mask.bool()

@@ -14,6 +14,7 @@ from idp_peft.call import internal_run
 from idp_peft.config import IDPConfig
 from idp_peft.decoder import embedding_dtype, embedding_width, find_blocks, keeps_rotary
 from idp_peft.decoder_call import DecoderCall
+from idp_peft.input_checks import refuse_continuous_batching
 from idp_peft.model_call import ModelCall
 from idp_peft.probe import first_layers
 from idp_peft.prompt_bank import PromptBank, initial_tokens
@@ -100,6 +101,12 @@ class IDPLayer(nn.Module, BaseTunerLayer):
                 f"one IDP adapter can be active at a time, got {names}: merge their banks into one instead"
             )
         super().set_adapter(names, inference_mode=inference_mode)
+
+    def train(self, mode: bool = True) -> IDPLayer:
+        # `model.eval()` is the one step of continuous batching that reaches this module before its threads start.
+        if self.active_name is not None:
+            refuse_continuous_batching(self.model)
+        return super().train(mode)
 
     def merge(self, *args, **kwargs) -> None:
         raise ValueError("an IDP adapter cannot be merged: a prompt is no change of any weight")

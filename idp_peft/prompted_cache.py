@@ -13,7 +13,11 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from transformers import Cache
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+
+_CACHES = (Cache, DynamicCache, StaticCache)
+_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
 @dataclass
@@ -161,8 +165,20 @@ def adopt(cache: Cache) -> None:
 
 
 def decoder_view(cache: Cache) -> Cache:
-    """What the decoder works on: the same layers, every position counted."""
+    """What the decoder works on: the same state, every position counted."""
     plain = _plain_class(type(cache))
     view = plain.__new__(plain)
-    view.__dict__.update(cache.__dict__)
+    view.__dict__ = cache.__dict__  # not a copy: what a cache of the caller's own class notes down must stay
     return view
+
+
+def stores_exactly(cache: Cache | None) -> bool:
+    """Whether a cache gives back the keys and values that it was given, however they were divided into calls.
+
+    Quantised ones do not: their first call sets the scale. Of a class that is not transformers' own, nobody knows.
+    """
+    if cache is None:
+        return True
+    plain = _plain_class(type(cache)) if is_prompted(cache) else type(cache)
+    layers = {type(layer) for layer in cache.layers} or {cache.layer_class_to_replicate}
+    return plain in _CACHES and layers <= set(_LAYERS)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import Cache, DynamicCache
 
 from idp_peft.analysis import attention_map, selection_report
 from idp_peft.evaluation.prompted import choose
@@ -24,12 +24,12 @@ CLEAR = 1e-5  # a best score stands so far before the next that no rounding turn
 class Case:
     """A model, its parts that serve, and inputs with the choice that each makes alone."""
 
+    name: str
     one: Saved
     rows: list[list[int]]
     expected: list[int]
     router: Router
     prompter: RequestPrompter
-    native: torch.nn.Module
 
 
 @pytest.fixture(scope="module", params=list(ARCHITECTURES_AND_MORE))
@@ -37,9 +37,9 @@ def case(request, tmp_path_factory) -> Case:
     folder, name = tmp_path_factory.mktemp(request.param), request.param
     one = saved(folder, name, tokenizer=tokenizer(), num_prompts=4, num_virtual_tokens=K)
     exported = ExportedModel.from_folder(export_to_vocab(one.adapter, folder / "exported", one.base))
-    router, native = Router.from_pretrained(one.adapter, one.base), AutoModelForCausalLM.from_pretrained(one.adapter)
+    router = Router.from_pretrained(one.adapter, one.base)
     rows, expected = clear_choices(one.model, candidates(4 if name in CHANGING_ROTARY else 1))
-    return Case(one, rows, expected, router, RequestPrompter(router, exported, max_tokens=32), native.eval())
+    return Case(name, one, rows, expected, router, RequestPrompter(router, exported, max_tokens=32))
 
 
 def candidates(of_each_length: int) -> list[list[int]]:
@@ -60,7 +60,8 @@ def clear_choices(model, rows: list[list[int]]) -> tuple[list[list[int]], list[i
         if best - second > CLEAR * best:
             clear.append(row)
             expected.append(int(scores.argmax()))
-    assert len(clear) > 0.9 * len(rows) and len(set(expected)) > 1, "else little would be compared"
+    assert len(clear) > 0.9 * len(rows), "else little would be compared"
+    assert len(set(expected)) > 1, "else any choice would do"
     return clear, expected
 
 
@@ -80,12 +81,11 @@ def batches(rows: list[list[int]], side: str = "left", size: int = 7):
 
 def forward(side: str, native: bool = False, **settings):
     def choices(case: Case) -> list[int]:
-        model, chosen = case.native if native else case.one.model, []
-        layer = case.native.get_decoder().idp if native else model.base_model.layer
+        model, chosen = case.one.model.get_base_model() if native else case.one.model, []
         for batch in batches(case.rows, side):
             with torch.no_grad():
                 model(**batch, **settings)
-            chosen += layer.last_selection.prompt_ids.tolist()
+            chosen += case.one.model.last_selection.prompt_ids.tolist()
         return chosen
 
     return choices
@@ -119,15 +119,14 @@ def training(case: Case) -> list[int]:
 
 def generate(native: bool = False, one_by_one: bool = False, embeds: bool = False, chunked: bool = False, **settings):
     def choices(case: Case) -> list[int]:
-        model, chosen = case.native if native else case.one.model, []
-        layer = case.native.get_decoder().idp if native else model.base_model.layer
+        model, chosen = case.one.model.get_base_model() if native else case.one.model, []
         for batch in batches(case.rows, size=1 if one_by_one else 7):
             if embeds:
                 batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
             if chunked:  # transformers 5.0 wants the cache to be given
                 batch |= {"past_key_values": DynamicCache(), "prefill_chunk_size": 3}
             model.generate(**batch, max_new_tokens=2, do_sample=False, **{"use_cache": True, **settings})
-            chosen += layer.last_selection.prompt_ids.tolist()
+            chosen += case.one.model.last_selection.prompt_ids.tolist()
         return chosen
 
     return choices
@@ -164,7 +163,7 @@ def generate_until(case: Case) -> list[int]:
     from idp_peft.evaluation.harness import HarnessModel
 
     lm = HarnessModel(case.one.model, tokenizer(), batch_size=7, max_length=32)
-    settings = {"until": ["<s>"], "max_gen_toks": 2}
+    settings = {"until": ["<s>"], "max_gen_toks": 1}
     requests = [
         Instance("generate_until", {}, (as_text(row), settings), 0, metadata=("t", number, 1))
         for number, row in enumerate(case.rows)
@@ -235,6 +234,17 @@ WAYS = {
 }
 
 
+# What transformers 5.0 cannot do with the base alone.
+SLIDING = ("mistral_small_window", "gemma2", "gemma3")
+LIMITS = {
+    **{(name, "generate with drafted tokens"): "it cannot crop a sliding window that is full" for name in SLIDING},
+    ("phi3_longrope", "generate with drafted tokens"): "it loses the cache where the frequencies change",
+    ("mpt", "generate with a static cache"): "its masks have the wrong size",
+}
+
+
 @pytest.mark.parametrize("way", list(WAYS))
 def test_every_way_in_chooses_as_the_model_does_for_the_input_alone(case, way):
+    if (limit := LIMITS.get((case.name, way))) and not hasattr(Cache, "activate_past_recording"):
+        pytest.skip(f"this transformers is too old: {limit}")
     assert WAYS[way](case) == case.expected
