@@ -202,6 +202,12 @@ def keeps_rotary(decoder: nn.Module) -> bool:
     return any("dynamic" in (rope.get("rope_type") or "") for rope in _ropes(decoder))
 
 
+def reads_again(model: nn.Module) -> bool:
+    """Whether the model's own `generate` drops its cache and reads the whole text again where the rotary frequencies change
+    (Phi-3 and its kin)."""
+    return hasattr(model.config, "original_max_position_embeddings")
+
+
 def position_limit(decoder: nn.Module) -> int | None:
     """How many positions the decoder's position table holds; `None` where positions are computed, not looked up."""
     if decoder.config.model_type in ("gptj", "codegen"):

@@ -153,12 +153,12 @@ def refuse_without_own_generate(layer, kwargs: dict) -> None:
     call = calls.current_call(layer)
     if call is not None and (call.generating or call.prompt_ids is not None):
         return
-    frames = _generate_frames(layer.model)
+    frames = generate_frames(layer.model)
     if not frames:
         return
-    cache, config, tokens = given_cache(kwargs), layer.active_config, checked_inputs(kwargs).shape[1]
+    cache, config = given_cache(kwargs), layer.active_config
     settings = next((frame["generation_config"] for frame in frames if "generation_config" in frame), None)
-    started_with = [ids.shape[1] for frame in frames if (ids := frame.get("input_ids")) is not None and ids.shape[1]]
+    held = [given_cache(frame["model_kwargs"]) for frame in frames if "model_kwargs" in frame]
     argument = None
     if cache is not None and cache.is_compileable and not is_prompted(cache):
         argument, why = "cache_implementation='static'", "sizes a static cache without room for the prompt"
@@ -173,8 +173,8 @@ def refuse_without_own_generate(layer, kwargs: dict) -> None:
             argument, why = "prefill_chunk_size=...", "would choose by the first chunk alone"
         elif getattr(settings, "guidance_scale", None) not in (None, 1):
             argument, why = "guidance_scale=...", "would choose a second prompt for the unconditional pass"
-        elif started_with and tokens != min(started_with):
-            argument, why = "...", "began anew behind the input, and would choose a prompt again"
+        elif any(is_prompted(one) and one.idp_part is not None for one in held):
+            argument, why = "...", "dropped the cache that holds its prompt, and would choose again"
     if argument is None:
         return
     raise ValueError(
@@ -183,7 +183,7 @@ def refuse_without_own_generate(layer, kwargs: dict) -> None:
     )
 
 
-def _generate_frames(model: nn.Module) -> list[dict]:
+def generate_frames(model: nn.Module) -> list[dict]:
     """Local variables of the functions of this model's `generate` that are running its forward; empty outside of one."""
     found, frame = [], sys._getframe(1)
     while frame is not None:

@@ -33,6 +33,7 @@ class PromptPart:
         started_by (`tuple`): which model and adapter the prompts are from.
         covered (`int`): how many input slots `mask` speaks for, besides the prompt's (those of a prefill whose padding
             stands before the prompt).
+        read (`torch.Tensor`, *optional*): int64 `[batch, n]`, the tokens of the text so far, where it may be read again.
     """
 
     prompt_ids: torch.Tensor
@@ -41,6 +42,7 @@ class PromptPart:
     mask: torch.Tensor | None
     started_by: tuple[str, str] = ("", "")
     covered: int = 0
+    read: torch.Tensor | None = None
 
     def extend_mask(
         self, attention_mask: torch.Tensor | None, batch: int, total: int, always: bool = False
@@ -71,6 +73,8 @@ class PromptPart:
             self.shift = self.shift[rows]
         if self.mask is not None:
             self.mask = self.mask[rows.to(self.mask.device)]
+        if self.read is not None:
+            self.read = self.read[rows.to(self.read.device)]
 
 
 class _InputLengths:
@@ -93,6 +97,8 @@ class _InputLengths:
             if size >= 0 and _crops_to_a_length(type(self)):
                 size += self.idp_part.positions
         super().crop(size)
+        if self.idp_part is not None and self.idp_part.read is not None:
+            self.idp_part.read = self.idp_part.read[:, : self.get_seq_length()]
 
     def reset(self) -> None:
         super().reset()

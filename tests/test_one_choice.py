@@ -13,7 +13,7 @@ from idp_peft.evaluation.prompted import choose
 from idp_peft.serving import ExportedModel, Router, VllmPrompts, export_to_vocab
 from idp_peft.serving.prompted_request import RequestPrompter
 from tests.test_harness import tokenizer
-from tests.tiny import ARCHITECTURES_AND_MORE, CHANGING_ROTARY, VOCAB
+from tests.tiny import ARCHITECTURES_AND_MORE, CHANGING_ROTARY, VOCAB, tiny, token_batch
 from tests.tiny_serving import Saved, saved
 
 K, SWITCH = 4, 12  # a prompt's tokens, and the length at which the frequencies of `CHANGING_ROTARY` change
@@ -248,3 +248,68 @@ def test_every_way_in_chooses_as_the_model_does_for_the_input_alone(case, way):
     if (limit := LIMITS.get((case.name, way))) and not hasattr(Cache, "activate_past_recording"):
         pytest.skip(f"this transformers is too old: {limit}")
     assert WAYS[way](case) == case.expected
+
+
+# ---------------------------------------------------------------------- texts that grow past the switch
+
+
+def tokens_as_prompts(make, name: str):
+    """A model whose prompts are words, so that its definition is a text of the base; and those words, `[M, K]`."""
+    model = make(name, num_virtual_tokens=K)
+    words = torch.randint(2, VOCAB, (4, K), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        model.base_model.layer.active_bank.weight.copy_(model.get_input_embeddings()(words.flatten()))
+    return model, words
+
+
+@pytest.mark.parametrize("name", list(CHANGING_ROTARY))
+@pytest.mark.parametrize("tokens", [2, 6, 7, 8, 9, 12, 13])
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
+def test_a_text_that_grows_past_the_switch_is_the_bases_own(make, name, tokens, settings):
+    ids = token_batch([tokens])[0]
+    arguments = {"max_new_tokens": 14, "do_sample": False, **settings}
+    for prompt in range(4):
+        model, words = tokens_as_prompts(make, name)  # anew: a base with "dynamic" keeps the longest text's frequencies
+        if name == "phi3_longrope" and tokens <= SWITCH and not phi3_reads_again():
+            with pytest.raises(ValueError, match="`generate` of Phi3ForCausalLM dropped the cache and passed 1 of"):
+                model.generate(input_ids=ids, **arguments)
+            return
+        found = model.generate(input_ids=ids, prompt_ids=prompt, **arguments)
+        expected = tiny(name).generate(input_ids=torch.cat([words[prompt][None], ids], dim=1), **arguments)
+        assert torch.equal(found, expected[:, K:])
+
+
+@pytest.mark.parametrize("tokens", [4, 6, 10])
+def test_a_choice_is_kept_where_the_base_drops_its_cache(make, tokens):
+    """Phi-3's own `generate` reads a text again where its frequencies change, within a turn and between two."""
+    if not phi3_reads_again():
+        pytest.skip("this transformers loses the text with the cache")
+    model, native = (one := make("phi3_longrope", num_virtual_tokens=K)), one.get_base_model()
+    long, short = {"max_new_tokens": 12, "do_sample": False}, {"max_new_tokens": 2, "do_sample": False}
+    dropped, would_differ = "dropped the cache that holds its prompt, and would choose again", 0
+    for seed in range(4):
+        ids = token_batch([tokens], seed=seed)[0]
+        whole, kept = model.generate(input_ids=ids, **long), int(model.last_selection.prompt_ids)
+        assert torch.equal(whole, model.generate(input_ids=ids, prompt_ids=kept, **long))
+        with pytest.raises(ValueError, match=dropped):
+            native.generate(input_ids=ids, **long)
+        first = model.generate(input_ids=ids, return_dict_in_generate=True, **short)
+        longer = torch.cat([first.sequences, token_batch([9], seed=9 + seed)[0]], dim=1)
+        second = model.generate(input_ids=longer, past_key_values=first.past_key_values, **short)
+        assert torch.equal(second, model.generate(input_ids=longer, prompt_ids=kept, **short))
+        first = native.generate(input_ids=ids, return_dict_in_generate=True, **short)
+        with pytest.raises(ValueError, match=dropped):
+            native.generate(input_ids=longer, past_key_values=first.past_key_values, **short)
+        model.generate(input_ids=longer, **short)
+        would_differ += int(model.last_selection.prompt_ids) != kept
+    assert would_differ, "else choosing again would not be seen"
+
+
+def phi3_reads_again() -> bool:
+    """Whether this transformers' own `generate` gets over the switch: 5.0 drops Phi-3's cache and the text with it."""
+    base, ids = tiny("phi3_longrope"), token_batch([SWITCH])[0]
+    arguments = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    found = base.generate(input_ids=ids, **arguments)
+    with torch.no_grad():
+        expected = tiny("phi3_longrope")(input_ids=found.sequences[:, :-1]).logits[:, -1]
+    return torch.allclose(found.logits[-1], expected, atol=1e-4)
