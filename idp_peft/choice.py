@@ -7,6 +7,8 @@ from dataclasses import replace
 import torch
 
 from idp_peft import call as calls
+from idp_peft.decoder import has_changing_rotary, rotary_length
+from idp_peft.input_checks import real_tokens
 from idp_peft.probe import attention_at_layer
 from idp_peft.prompt_ids import AUTO, CHOOSES, check_prompt_ids
 from idp_peft.random_choice import choose_random
@@ -19,14 +21,13 @@ from idp_peft.selection import (
 from idp_peft.sharding import place_in_batch
 
 
-def prompts_for(layer, kwargs: dict, real: torch.Tensor, rotary_length: int | None) -> torch.Tensor:
+def prompts_for(layer, kwargs: dict, real: torch.Tensor) -> torch.Tensor:
     """The prompt of each row of a fresh input, int64 `[batch]`; what was chosen is remembered on the layer.
 
     Args:
         layer (`IDPLayer`): whose active adapter decides.
         kwargs (`dict`): the decoder's call: `input_ids` `[batch, n]` or `inputs_embeds` `[batch, n, d]`.
         real (`torch.Tensor`): bool `[batch, n]`, the attention mask.
-        rotary_length (`int`, *optional*): of the sequence, where rotary frequencies depend on it.
     """
     batch = len(real)
     call = calls.current_call(layer) or calls.Call(layer)
@@ -35,31 +36,29 @@ def prompts_for(layer, kwargs: dict, real: torch.Tensor, rotary_length: int | No
     if selection is None:
         given = (slice(None, None, batch // rows), slice(call.tokens))  # without beams and drafted tokens
         inputs = {name: kwargs[name][given] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None}
-        selection = choose(call, inputs, real[given], rotary_length)
+        selection = choose(call, inputs, real[given])
     if call.generating:
         call.chosen = selection
     layer.remember(selection)
     return selection.prompt_ids.repeat_interleave(batch // rows)
 
 
-def choose(call: calls.Call, inputs: dict, real: torch.Tensor, rotary_length: int | None = None) -> Selection:
+def choose(call: calls.Call, inputs: dict, real: torch.Tensor) -> Selection:
     """The prompt of each row of a call's own input: forced where the call says so, assigned or selected elsewhere.
 
     Args:
         call (`Call`): what it asks for.
-        inputs (`dict`), real (`torch.Tensor`), rotary_length (`int`, *optional*): as in [`select`].
+        inputs (`dict`), real (`torch.Tensor`): its input and mask, as in [`select`].
     """
     config = call.owner.active_config
     if call.prompt_ids is None:
-        selection = _assign_or_select(call, inputs, real, rotary_length)
+        selection = _assign_or_select(call, inputs, real)
     else:
         forced = check_prompt_ids(call.prompt_ids, len(real), config.num_prompts, config.prompt_names)
         rows = torch.tensor([row for row, chosen in enumerate(forced.tolist()) if chosen == CHOOSES], dtype=torch.long)
         selection = Selection(forced)
         if len(rows):
-            selection = _put(
-                _assign_or_select(call, inputs, real, rotary_length, rows), rows, forced, config.num_prompts
-            )
+            selection = _put(_assign_or_select(call, inputs, real, rows), rows, forced, config.num_prompts)
     return replace(selection, prompt_names=config.prompt_names)
 
 
@@ -74,7 +73,7 @@ def _put(selection: Selection, rows: torch.Tensor, forced: torch.Tensor, num_pro
     return Selection(prompt_ids, scores)
 
 
-def _assign_or_select(call: calls.Call, inputs: dict, real: torch.Tensor, rotary_length, rows=None) -> Selection:
+def _assign_or_select(call: calls.Call, inputs: dict, real: torch.Tensor, rows=None) -> Selection:
     """What rows get whose prompt is not forced: int64 `rows`, all by default."""
     layer = call.owner
     config = layer.active_config
@@ -92,47 +91,75 @@ def _assign_or_select(call: calls.Call, inputs: dict, real: torch.Tensor, rotary
                 "assignment='selected' needs `labels` or `selection_mask` in the model's call, so that targets cannot "
                 "steer the choice (Trainer's label smoothing takes the labels out of it)"
             )
-    return select(layer, inputs, real, call.selection_mask, call.labels, rotary_length, rows)
+    return select(layer, inputs, real, call.selection_mask, call.labels, rows)
 
 
 def select(
     layer,
     inputs: dict,
-    real: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
     selection_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
-    rotary_length: int | None = None,
     rows: torch.Tensor | None = None,
 ) -> Selection:
-    """Select a prompt for each row by the active adapter's rule (`config.selection`).
+    """i*(x) of each row, by the active adapter's rule (`config.selection`): every choice in this package is made here.
+
+    A row's choice depends on that row alone: on no padding, no other row, and nothing that the model ran before.
 
     Args:
         layer (`IDPLayer`): whose active adapter decides.
         inputs (`dict`): `input_ids` `[batch, n]` or `inputs_embeds` `[batch, n, d]`.
-        real (`torch.Tensor`): bool `[batch, n]`, the attention mask.
+        attention_mask (`torch.Tensor`, *optional*): `[batch, n]`, padded on either side; all tokens are real by default.
         selection_mask (`torch.Tensor`, *optional*): `[batch, n]`, tokens that may steer the choice.
         labels (`torch.Tensor`, *optional*): `[batch, n]`; without a `selection_mask`, the choice reads what stands
             before a row's first label.
-        rotary_length (`int`, *optional*): of the sequence, where rotary frequencies depend on it.
         rows (`torch.Tensor`, *optional*): int64 `[choosing]`, on the CPU: the rows that choose. The result is theirs
             alone, in this order; all rows by default.
 
     Raises:
-        `ValueError`: where a row has no token to choose by.
+        `ValueError`: for an empty input, a row without a token to choose by, or more tokens than the base has positions.
     """
     config = layer.active_config
+    real = real_tokens(layer, inputs, attention_mask)
     if config.selection == "fixed" or config.num_prompts == 1:
         choosing = len(real) if rows is None else len(rows)
-        return Selection(torch.full((choosing,), config.fixed_prompt, device=real.device))
+        fixed = torch.full((choosing,), config.fixed_prompt, device=real.device)
+        return Selection(fixed, prompt_names=config.prompt_names)
     context = context_tokens(real, selection_mask, labels, rows)
     if rows is not None:
         inputs, real = {name: value[rows] for name, value in inputs.items()}, real[rows]
     if config.selection == "random":
-        return Selection(choose_random(_content(inputs), context, config.num_prompts, config.selection_seed))
-    prompt_cache = layer.prompt_cache_for_choice(rotary_length)
-    on_prompts = attention_at_layer(layer.decoder, layer.selection_layer, prompt_cache, inputs, real)  # [B, n, M]
-    scores = scores_from_attention(on_prompts, context, prompt_cache.lengths, config.selection_reduction)
-    return Selection(scores.argmax(-1), scores)
+        drawn = choose_random(_content(inputs), context, config.num_prompts, config.selection_seed)
+        return Selection(drawn, prompt_names=config.prompt_names)
+    on_prompts = attention_on_bank(layer, layer.selection_layer, inputs, real)  # [B, n, M]
+    scores = scores_from_attention(on_prompts, context, layer.active_bank.lengths, config.selection_reduction)
+    return Selection(scores.argmax(-1), scores, config.prompt_names)
+
+
+def attention_on_bank(layer, number: int, inputs: dict, real: torch.Tensor) -> torch.Tensor:
+    """Attention of each token on each prompt at one of the decoder's layers: A of the equation, summed over a prompt's
+    tokens and averaged over heads, float32 `[batch, n, M]`.
+
+    Where rotary frequencies depend on the length, rows are read together with rows of their own frequencies alone.
+
+    Args:
+        layer (`IDPLayer`): whose active bank is read.
+        number (`int`): of the decoder's layer, from 0 to L-1.
+        inputs (`dict`): as in [`select`].
+        real (`torch.Tensor`): bool `[batch, n]`.
+    """
+    together: dict[int | None, list[int] | slice] = {None: slice(None)}
+    if has_changing_rotary(layer.decoder):
+        together = {}
+        for row, tokens in enumerate(real.sum(-1).tolist()):
+            length = rotary_length(layer.decoder, layer.active_bank.max_length + tokens)
+            together.setdefault(length, []).append(row)
+    on_prompts = torch.empty(*real.shape, layer.active_bank.num_prompts, dtype=torch.float32, device=real.device)
+    for length, rows in together.items():
+        prompt_cache = layer.prompt_cache_for_choice(number, length)
+        part = {name: value[rows] for name, value in inputs.items()}
+        on_prompts[rows] = attention_at_layer(layer.decoder, number, prompt_cache, part, real[rows])
+    return on_prompts
 
 
 def _content(inputs: dict) -> torch.Tensor:

@@ -61,21 +61,21 @@ class Concatenation:
             front=front,
         )
 
-    def drop_front(self, outputs) -> None:
-        """Cut a decoder's outputs, in place, to the caller's n positions.
 
-        Attention maps keep the prompt's columns, as they do when the prompt comes from the cache.
-        """
-        rows, slots = self.attention_mask.shape
-        if getattr(outputs, "last_hidden_state", None) is not None:
-            outputs["last_hidden_state"] = outputs.last_hidden_state[:, self.front :]
-        if getattr(outputs, "hidden_states", None) is not None:
-            outputs["hidden_states"] = tuple(states[:, self.front :] for states in outputs.hidden_states)
-        if getattr(outputs, "attentions", None) is not None:
-            outputs["attentions"] = tuple(
-                None if weights is None else weights[:, :, self.front :] for weights in outputs.attentions
-            )
-        if getattr(outputs, "router_logits", None) is not None:  # per layer [batch * slots, experts]
-            outputs["router_logits"] = tuple(
-                logits.view(rows, slots, -1)[:, self.front :].flatten(0, 1) for logits in outputs.router_logits
-            )
+def drop_front(outputs, front: int) -> None:
+    """Cut a decoder's outputs, in place, to the positions behind the first `front`.
+
+    Attention maps keep the columns of these positions, as they keep the prompt's when it comes from the cache.
+    """
+    rows = len(outputs.last_hidden_state)
+    outputs["last_hidden_state"] = outputs.last_hidden_state[:, front:]
+    if getattr(outputs, "hidden_states", None) is not None:
+        outputs["hidden_states"] = tuple(states[:, front:] for states in outputs.hidden_states)
+    if getattr(outputs, "attentions", None) is not None:
+        outputs["attentions"] = tuple(
+            None if weights is None else weights[:, :, front:] for weights in outputs.attentions
+        )
+    if getattr(outputs, "router_logits", None) is not None:  # per layer [batch * slots, experts]
+        outputs["router_logits"] = tuple(
+            logits.view(rows, -1, logits.shape[-1])[:, front:].flatten(0, 1) for logits in outputs.router_logits
+        )

@@ -175,10 +175,9 @@ def rotary_length(decoder: nn.Module, tokens: int) -> int | None:
     """The length by which the decoder chooses its rotary frequencies for `tokens` tokens; `None` where they are fixed
     (they depend on the length with `rope_type` "dynamic" and "longrope", beyond the original context)."""
     config = decoder.config
-    rope = getattr(config, "rope_parameters", None) or {}
-    for group in [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]:
-        kind = group.get("rope_type") or "default"
-        original = group.get("original_max_position_embeddings") or config.max_position_embeddings
+    for rope in _ropes(decoder):
+        kind = rope.get("rope_type") or "default"
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         if kind == "longrope" and tokens > original:
             return original + 1
         if "dynamic" in kind and tokens > config.max_position_embeddings:
@@ -186,9 +185,27 @@ def rotary_length(decoder: nn.Module, tokens: int) -> int | None:
     return None
 
 
+def _ropes(decoder: nn.Module) -> list[dict]:
+    """The rotary settings of a decoder: one, or one for each type of its layers."""
+    rope = getattr(decoder.config, "rope_parameters", None) or {}
+    return [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]
+
+
 def has_changing_rotary(decoder: nn.Module) -> bool:
     """Whether [`rotary_length`] can be anything but `None`."""
     return rotary_length(decoder, 2**40) is not None
+
+
+def keeps_rotary(decoder: nn.Module) -> bool:
+    """Whether the decoder keeps the rotary frequencies of its longest input for shorter ones behind it, as it does with
+    `rope_type` "dynamic": what it makes of an input then depends on what it ran before."""
+    return any("dynamic" in (rope.get("rope_type") or "") for rope in _ropes(decoder))
+
+
+def reads_again(model: nn.Module) -> bool:
+    """Whether the model's own `generate` drops its cache and reads the whole text again where the rotary frequencies change
+    (Phi-3 and its kin)."""
+    return hasattr(model.config, "original_max_position_embeddings")
 
 
 def position_limit(decoder: nn.Module) -> int | None:

@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 from idp_peft import call as calls
 from idp_peft.choice import prompts_for
-from idp_peft.concatenation import Concatenation
+from idp_peft.concatenation import Concatenation, drop_front
 from idp_peft.decoder import (
     by_name,
     cache_name,
@@ -23,6 +23,7 @@ from idp_peft.decoder import (
     has_alibi,
     has_changing_rotary,
     needs_full_mask,
+    reads_again,
     replace_cache,
     rotary_length,
 )
@@ -30,14 +31,17 @@ from idp_peft.input_checks import (
     check_room,
     checked_inputs,
     checked_mask,
+    generate_frames,
     refuse_cache_under_checkpointing,
+    refuse_foreign_cache,
     refuse_lengths_by_layer,
+    refuse_lost_cache,
     refuse_packed,
     refuse_without_own_generate,
 )
 from idp_peft.prompt_cache import check_finite
 from idp_peft.prompt_ids import CHOOSES, check_prompt_ids
-from idp_peft.prompted_cache import PromptPart, adopt, decoder_view, is_prompted
+from idp_peft.prompted_cache import PromptPart, adopt, decoder_view, is_prompted, stores_exactly
 from idp_peft.selection import Selection
 from idp_peft.sharding import unwrapped
 
@@ -49,7 +53,7 @@ class _Frame:
     cache: object = None  # the caller's cache, which counts input positions
     view: object = None  # what the decoder worked on
     returns_cache: bool = True
-    concatenation: Concatenation | None = None
+    front: int = 0  # positions that the decoder ran in front of the caller's n
 
 
 _frames: ContextVar[_Frame | None] = ContextVar("idp_frame", default=None)
@@ -75,6 +79,8 @@ class DecoderCall:
         cache = given_cache(kwargs)
         started = is_prompted(cache) and cache.idp_part is not None
         name = self.layer.active_name
+        if name is not None:
+            refuse_foreign_cache(cache)
         if (
             name is not None
             and _is_checkpointing(decoder)
@@ -109,11 +115,10 @@ class DecoderCall:
             return None
         cache = frame.cache if frame.returns_cache else None
         if isinstance(output, tuple):
-            if frame.concatenation is not None:
-                output = (output[0][:, frame.concatenation.front :], *output[1:])
+            output = (output[0][:, frame.front :], *output[1:])
             return tuple(cache if part is frame.view and part is not None else part for part in output)
-        if frame.concatenation is not None:
-            frame.concatenation.drop_front(output)
+        if frame.front:
+            drop_front(output, frame.front)
         replace_cache(output, cache)
         return output
 
@@ -134,6 +139,10 @@ class DecoderCall:
             self._check_next_turn(call, part, batch)
             call.seen = True
         past = int(cache.get_seq_length())
+        if part.read is not None:
+            part.read = None if inputs.is_floating_point() else torch.cat([part.read, inputs], dim=1)
+            if part.read is not None and self._must_read_again(decoder, part, past):
+                return self._read_again(decoder, kwargs, cache, past)
         mask = checked_mask(kwargs, batch, past + tokens, "the cache and the input")
         check_room(decoder, past + tokens, part.positions, mask)
         if kwargs.get("position_ids") is not None:
@@ -145,6 +154,24 @@ class DecoderCall:
         kwargs["attention_mask"] = _mask_with_prompt(decoder, cache, part, mask, batch, past + tokens)
         _set_positions(decoder, kwargs, positions + part.shift)
         _enter(decoder, kwargs, _Frame(cache=cache, view=decoder_view(cache)))
+
+    def _must_read_again(self, decoder: nn.Module, part: PromptPart, past: int) -> bool:
+        """Whether the base's own `generate` would read a text with these tokens in front again: it looks at the text alone,
+        and so would come later by as many tokens as the prompt has."""
+        before, now = (rotary_length(decoder, part.positions + tokens) for tokens in (past, part.read.shape[1]))
+        if before == now:
+            return False
+        call = calls.current_call(self.layer)
+        return (call is not None and call.generating) or bool(generate_frames(self.layer.model))
+
+    def _read_again(self, decoder: nn.Module, kwargs: dict, cache, past: int) -> None:
+        part: PromptPart = cache.idp_part
+        cache.reset()
+        if int(cache.get_seq_length()):  # transformers 5.0 fills it with zeros instead
+            cache.layers = DynamicCache(config=decoder.config).layers
+        kwargs |= {"input_ids": part.read, "position_ids": None}
+        self._start(decoder, kwargs, cache, kept=part.prompt_ids)
+        _frames.get().front += past
 
     def _check_next_turn(self, call: calls.Call, part: PromptPart, batch: int) -> None:
         """A choice is kept for every turn: what a call asks for must be what its cache was started with."""
@@ -174,9 +201,15 @@ class DecoderCall:
 
     # ------------------------------------------------------------------ a fresh input
 
-    def _start(self, decoder: nn.Module, kwargs: dict, cache) -> None:
+    def _start(self, decoder: nn.Module, kwargs: dict, cache, kept: torch.Tensor | None = None) -> None:
+        """
+        Args:
+            kept (`torch.Tensor`, *optional*): int64 `[batch]`, prompts that were chosen before; a fresh input chooses.
+        """
         layer, bank = self.layer, self.layer.active_bank
         bank.is_new = False
+        if kept is None:
+            refuse_without_own_generate(layer, kwargs)
         mask, real = self._checked(decoder, kwargs)
         tokens = real.shape[1]
         if (call := calls.current_call(layer)) is not None:
@@ -186,15 +219,15 @@ class DecoderCall:
         padding_first = self._padding_must_stand_first(decoder, mask, tokens, returns_cache)
         by_layer = gathers_layers(decoder)
         # Behind a layer whose weights are dropped, nothing asks for them again to pass on the gradient of keys and values
-        # that left it in a cache: the prompt must go through with its input.
-        concatenate = checkpointing or padding_first or (by_layer and layer.trains)
+        # that left it in a cache: the prompt must go through with its input. So it must where a cache would store it in
+        # another way than the base stores the first tokens of a text.
+        concatenate = checkpointing or padding_first or (by_layer and layer.trains) or not stores_exactly(cache)
 
-        length = None
-        if has_changing_rotary(decoder):
-            length = rotary_length(decoder, bank.max_length + (tokens if mask is None else int(real.sum(-1).max())))
         if by_layer and not layer.trains:
             layer.prompt_cache()  # every process must gather the layers for it, those too whose rows will not read it
-        part = self._part(prompts_for(layer, kwargs, real, length).to(real.device))
+        part = self._part((prompts_for(layer, kwargs, real) if kept is None else kept).to(real.device))
+        if has_changing_rotary(decoder) and reads_again(layer.model):
+            part.read = kwargs.get("input_ids")
         if not part.positions and cache is None and not returns_cache:
             return  # the base model, exactly
         positions = kwargs.get("position_ids")
@@ -208,9 +241,10 @@ class DecoderCall:
         frame = _Frame(cache, None if cache is None else decoder_view(cache), returns_cache)
 
         if concatenate and part.positions:
-            frame.concatenation = self._concatenate(decoder, kwargs, part, real, positions, padding_first)
+            frame.front = self._concatenate(decoder, kwargs, part, real, positions, padding_first)
         else:
             if part.positions:
+                length = rotary_length(decoder, int(positions.max()) + 1) if has_changing_rotary(decoder) else None
                 self._put_prompts(part.prompt_ids.clamp(min=0), frame.view, length)
             kwargs["attention_mask"] = _mask_with_prompt(decoder, cache, part, mask, len(real), tokens)
             _set_positions(decoder, kwargs, positions)
@@ -220,7 +254,7 @@ class DecoderCall:
         """The caller's mask, and the real tokens it marks: bool `[batch, n]`."""
         inputs = checked_inputs(kwargs)
         batch, tokens = inputs.shape[:2]
-        refuse_without_own_generate(self.layer, kwargs)
+        refuse_lost_cache(self.layer, kwargs, tokens)
         refuse_lengths_by_layer(decoder)
         mask = checked_mask(kwargs, batch, tokens, "the input")
         real = torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device) if mask is None else mask.bool()
@@ -264,8 +298,8 @@ class DecoderCall:
         used, rows = prompt_ids.unique(return_inverse=True)
         self.layer.prompt_cache_with_graph(used, rotary_length).put_rows(rows, cache)
 
-    def _concatenate(self, decoder, kwargs: dict, part: PromptPart, real, positions, padding_first) -> Concatenation:
-        """Prepend embeddings; the decoder computes the prompt with the input."""
+    def _concatenate(self, decoder, kwargs: dict, part: PromptPart, real, positions, padding_first) -> int:
+        """Prepend embeddings, so that the decoder computes the prompt with the input; how many positions they take."""
         bank = self.layer.active_bank
         embeds, ids = kwargs.pop("inputs_embeds", None), kwargs.pop("input_ids", None)
         embeds = self.layer.get_base_layer()(ids) if embeds is None else embeds
@@ -278,7 +312,7 @@ class DecoderCall:
         kwargs.update(inputs_embeds=joined.inputs_embeds, attention_mask=joined.attention_mask)
         _set_positions(decoder, kwargs, joined.position_ids)
         part.mask, part.covered = joined.attention_mask.bool(), embeds.shape[1]
-        return joined
+        return joined.front
 
 
 def _enter(decoder: nn.Module, kwargs: dict, frame: _Frame) -> None:

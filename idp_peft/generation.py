@@ -9,14 +9,15 @@ import copy
 
 import torch
 from transformers import GenerationConfig, StaticCache
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from idp_peft.call import Call, running
 from idp_peft.choice import choose
 from idp_peft.decoder import cache_name, given_cache, with_cache
+from idp_peft.input_checks import refuse_foreign_cache
 from idp_peft.prompt_ids import CHOOSES, check_prompt_ids
-from idp_peft.prompted_cache import adopt, is_prompted
-
-_STATIC = ("static", "offloaded_static", "hybrid", "sliding_window", "offloaded_hybrid", "hybrid_chunked")
+from idp_peft.prompted_cache import PromptPart, adopt, is_prompted
+from idp_peft.selection import Selection
 
 
 def generate(layer, args: tuple, kwargs: dict, prompt_ids, selection_mask: torch.Tensor | None):
@@ -56,10 +57,20 @@ def generate(layer, args: tuple, kwargs: dict, prompt_ids, selection_mask: torch
         tokens=source.shape[1],
         total=None if kept else settings.total_tokens(source.shape[1]),
     )
+    if prompt_ids is None and is_prompted(cache) and cache.idp_part is not None:
+        call.chosen = _kept(layer, cache.idp_part, len(source))
     with running(call):
-        if some_choose and settings.get("prefill_chunk_size") is not None:
+        if some_choose and call.chosen is None and settings.get("prefill_chunk_size") is not None:
             kwargs = _choose_before_chunks(call, source, kwargs, settings)
         return layer.model.generate(*args, **kwargs)
+
+
+def _kept(layer, part: PromptPart, rows: int) -> Selection | None:
+    """What an earlier turn chose: some models drop its cache on the way to the decoder (Phi-3, when a text grows long)."""
+    if part.started_by != layer.signature:
+        return None
+    names = layer.active_config.prompt_names
+    return Selection(part.prompt_ids[:: len(part.prompt_ids) // rows], prompt_names=names)
 
 
 class _Settings:
@@ -98,7 +109,8 @@ def _make_room(layer, source: torch.Tensor, settings: _Settings, cache, kwargs: 
     nothing of the prompt.
     """
     longest = layer.active_bank.max_length
-    if isinstance(cache, StaticCache) and not is_prompted(cache):
+    refuse_foreign_cache(cache)
+    if cache is not None and cache.is_compileable and not is_prompted(cache):
         room = max(cache_layer.max_cache_len for cache_layer in cache.layers)  # sliding layers hold their window alone
         if room <= longest:
             raise ValueError(
@@ -106,7 +118,7 @@ def _make_room(layer, source: torch.Tensor, settings: _Settings, cache, kwargs: 
             )
         adopt(cache)
     kind = settings.get("cache_implementation")
-    if cache is not None or kind not in _STATIC or settings.get("use_cache") is False:
+    if cache is not None or kind not in ALL_STATIC_CACHE_IMPLEMENTATIONS or settings.get("use_cache") is False:
         return kwargs
     if "cache_implementation" not in kwargs and "generation_config" not in kwargs:
         raise ValueError(

@@ -6,12 +6,20 @@ import sys
 
 import torch
 from torch import nn
-from transformers import StaticCache
+from transformers import Cache, EncoderDecoderCache, StaticCache
 
 from idp_peft import call as calls
 from idp_peft.decoder import gathers_layers, given_cache, has_changing_rotary, position_limit
 from idp_peft.host_loop import packs_rows
 from idp_peft.prompted_cache import is_prompted
+
+_CONTINUOUS = "transformers.generation.continuous_batching"
+_NO_CONTINUOUS = (
+    "IDP cannot run in transformers' continuous batching (`generate_batch`, `init_continuous_batching`, "
+    "cache_implementation='paged'), which packs the tokens of several texts into one row over paged memory: there is no "
+    "place in front of each text for its own prompt. Use `generate`, or write the prompts into the vocabulary (`idp-peft "
+    "export --to-vocab`) and batch the exported model"
+)
 
 
 def checked_inputs(kwargs: dict) -> torch.Tensor:
@@ -43,6 +51,15 @@ def checked_mask(kwargs: dict, batch: int, slots: int, of: str) -> torch.Tensor 
     return mask
 
 
+def real_tokens(layer, inputs: dict, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Which tokens of an input that has room behind a layer's prompts are no padding: bool `[batch, n]`."""
+    source = checked_inputs(inputs)
+    mask = checked_mask({"attention_mask": attention_mask}, *source.shape[:2], "the input")
+    real = source.new_ones(source.shape[:2], dtype=torch.bool) if mask is None else mask.to(source.device).bool()
+    check_room(layer.decoder, real.shape[1], layer.active_bank.max_length, real)
+    return real
+
+
 def refuse_packed(kwargs: dict, real: torch.Tensor) -> None:
     """Raise where a row holds several documents: each would need a prompt of its own."""
     packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx", "cu_seqlens"))
@@ -54,6 +71,43 @@ def refuse_packed(kwargs: dict, real: torch.Tensor) -> None:
         raise ValueError(
             "IDP cannot run packed rows (several documents in one row, `position_ids` that start again): each document "
             "would need its own prompt; turn packing off (TRL: `packing=False`, `padding_free=False`)"
+        )
+
+
+def refuse_foreign_cache(cache) -> None:
+    """Raise for a cache that is not one decoder's keys and values, row by row."""
+    if cache is None or (isinstance(cache, Cache) and not isinstance(cache, EncoderDecoderCache)):
+        return
+    if type(cache).__module__.startswith(_CONTINUOUS):
+        raise ValueError(_NO_CONTINUOUS)
+    raise ValueError(
+        f"IDP needs a cache of the decoder's own keys and values (transformers' `DynamicCache`, `StaticCache`, or a subclass of "
+        f"`Cache` with layers), got a {type(cache).__name__}: pass one of these, or none"
+    )
+
+
+def refuse_continuous_batching(model: nn.Module) -> None:
+    """Raise inside the making of a manager for transformers' continuous batching, and leave the attention as it was."""
+    frame = sys._getframe(1)
+    while frame is not None and not frame.f_globals.get("__name__", "").startswith(_CONTINUOUS):
+        frame = frame.f_back
+    if frame is None:
+        return
+    manager, paged = frame.f_locals.get("self"), model.config._attn_implementation
+    before = getattr(manager, "_original_attn_impl", None) or paged.removeprefix("paged|")
+    if before != paged:
+        model.set_attn_implementation(before)
+    raise ValueError(_NO_CONTINUOUS)
+
+
+def refuse_lost_cache(layer, kwargs: dict, tokens: int) -> None:
+    """Raise for a step of `generate` that lost both the cache and the tokens before it."""
+    call, mask = calls.current_call(layer), kwargs.get("attention_mask")
+    if call is not None and call.generating and call.seen and mask is not None and mask.shape[-1] > tokens:
+        raise ValueError(
+            f"`generate` of {type(layer.model).__name__} dropped the cache and passed {tokens} of {mask.shape[-1]} tokens, as "
+            "Phi-3 does in transformers 5.0 where its rotary frequencies change: use a newer transformers, or texts that "
+            "stay on one side of that length"
         )
 
 
@@ -99,16 +153,19 @@ def refuse_without_own_generate(layer, kwargs: dict) -> None:
     call = calls.current_call(layer)
     if call is not None and (call.generating or call.prompt_ids is not None):
         return
-    frames = _generate_frames(layer.model)
+    frames = generate_frames(layer.model)
     if not frames:
         return
     cache, config = given_cache(kwargs), layer.active_config
     settings = next((frame["generation_config"] for frame in frames if "generation_config" in frame), None)
+    held = [given_cache(frame["model_kwargs"]) for frame in frames if "model_kwargs" in frame]
     argument = None
-    if isinstance(cache, StaticCache) and not is_prompted(cache):
+    if cache is not None and cache.is_compileable and not is_prompted(cache):
         argument, why = "cache_implementation='static'", "sizes a static cache without room for the prompt"
     elif config.num_prompts > 1 and config.selection != "fixed":
-        if kwargs.get("use_cache") is False and cache is None:
+        if any(frame.get("custom_generate") is not None for frame in frames):
+            argument, why = "custom_generate=...", "may choose again, or by a part of the input"
+        elif kwargs.get("use_cache") is False and cache is None:
             argument, why = "use_cache=False", "would choose a prompt again at every step"
         elif any("candidate_generator" in frame for frame in frames):
             argument, why = "assisted decoding", "would let drafted tokens steer the choice"
@@ -116,6 +173,8 @@ def refuse_without_own_generate(layer, kwargs: dict) -> None:
             argument, why = "prefill_chunk_size=...", "would choose by the first chunk alone"
         elif getattr(settings, "guidance_scale", None) not in (None, 1):
             argument, why = "guidance_scale=...", "would choose a second prompt for the unconditional pass"
+        elif any(is_prompted(one) and one.idp_part is not None for one in held):
+            argument, why = "...", "dropped the cache that holds its prompt, and would choose again"
     if argument is None:
         return
     raise ValueError(
@@ -124,7 +183,7 @@ def refuse_without_own_generate(layer, kwargs: dict) -> None:
     )
 
 
-def _generate_frames(model: nn.Module) -> list[dict]:
+def generate_frames(model: nn.Module) -> list[dict]:
     """Local variables of the functions of this model's `generate` that are running its forward; empty outside of one."""
     found, frame = [], sys._getframe(1)
     while frame is not None:

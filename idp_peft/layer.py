@@ -12,8 +12,9 @@ from torch import nn
 
 from idp_peft.call import internal_run
 from idp_peft.config import IDPConfig
-from idp_peft.decoder import embedding_dtype, embedding_width, find_blocks
+from idp_peft.decoder import embedding_dtype, embedding_width, find_blocks, keeps_rotary
 from idp_peft.decoder_call import DecoderCall
+from idp_peft.input_checks import refuse_continuous_batching
 from idp_peft.model_call import ModelCall
 from idp_peft.probe import first_layers
 from idp_peft.prompt_bank import PromptBank, initial_tokens
@@ -101,6 +102,12 @@ class IDPLayer(nn.Module, BaseTunerLayer):
             )
         super().set_adapter(names, inference_mode=inference_mode)
 
+    def train(self, mode: bool = True) -> IDPLayer:
+        # `model.eval()` is the one step of continuous batching that reaches this module before its threads start.
+        if self.active_name is not None:
+            refuse_continuous_batching(self.model)
+        return super().train(mode)
+
     def merge(self, *args, **kwargs) -> None:
         raise ValueError("an IDP adapter cannot be merged: a prompt is no change of any weight")
 
@@ -151,7 +158,7 @@ class IDPLayer(nn.Module, BaseTunerLayer):
 
     def prompt_cache(self, rotary_length: int | None = None) -> PromptCache:
         """The active adapter's prompt cache, computed where it is missing or stale."""
-        remembered = self.idp_remembered[self.active_name]
+        remembered = RememberedCache() if keeps_rotary(self.decoder) else self.idp_remembered[self.active_name]
         with internal_run(), _Evaluating(self.decoder):
             return remembered.get(self.decoder, self.active_bank, self.dtype, rotary_length)
 
@@ -169,15 +176,16 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         with internal_run():
             return compute_prompt_cache(self.decoder, self.active_bank, self.dtype, rotary_length, prompts)
 
-    def prompt_cache_for_choice(self, rotary_length: int | None = None) -> PromptCache:
-        """What the choice reads: the prompt cache, or while prompts train, one that ends at the selection layer.
+    def prompt_cache_for_choice(self, number: int, rotary_length: int | None = None) -> PromptCache:
+        """What the choice reads at the decoder's layer `number`: the prompt cache, or one that ends there.
 
-        A training step has no use for the layers above: it runs those prompts again that were chosen, with a graph.
+        A training step has no use for the layers above: it runs those prompts again that were chosen, with a graph. Nor
+        has a choice any use for frequencies that are left from another input: a copy of the first layers has none.
         """
-        if not self.trains:
+        if not self.trains and not keeps_rotary(self.decoder):
             return self.prompt_cache(rotary_length)
         with torch.no_grad(), _Evaluating(self.decoder):
-            part = first_layers(self.decoder, self.selection_layer)
+            part = first_layers(self.decoder, number)
             return compute_prompt_cache(part, self.active_bank, self.dtype, rotary_length)
 
     # ------------------------------------------------------------------ what was chosen last

@@ -25,6 +25,7 @@ from idp_peft.decoder import (
     find_attention,
     find_blocks,
     forward_parameters,
+    keeps_rotary,
     uses_interface,
 )
 from idp_peft.prompt_cache import PromptCache
@@ -142,7 +143,7 @@ def _run(decoder, layer, mask, inputs, cache: DynamicCache, position_ids, implem
 def first_layers(decoder: nn.Module, layer: int) -> nn.Module:
     """A shallow copy of a decoder that ends behind `layer` and has no hooks of its own; its layers are the decoder's."""
     name, blocks = find_blocks(decoder)
-    part = _bare_copy(decoder)
+    part = _copy_around_layers(decoder)
     part._modules[name] = nn.ModuleList(blocks[: layer + 1])
     return part
 
@@ -153,7 +154,7 @@ def _copy_decoder(decoder: nn.Module, layer: int, implementation: str) -> nn.Mod
     config.output_hidden_states = False
     config._output_attentions = False
     name, blocks = find_blocks(decoder)
-    probe = _bare_copy(decoder)
+    probe = _copy_around_layers(decoder)
     probe.config = config
     for key, child in probe._modules.items():
         if isinstance(child, nn.Embedding):  # its hooks stay: they may fetch its weights; noise is for training
@@ -161,6 +162,29 @@ def _copy_decoder(decoder: nn.Module, layer: int, implementation: str) -> nn.Mod
             probe._modules[key].training = False
     probe._modules[name] = nn.ModuleList([_copy_block(block, config) for block in blocks[: layer + 1]])
     return probe
+
+
+def _copy_around_layers(decoder: nn.Module) -> nn.Module:
+    copied = _bare_copy(decoder)
+    if keeps_rotary(decoder):
+        for name, child in copied._modules.items():
+            if hasattr(child, "max_seq_len_cached"):
+                copied._modules[name] = _at_original_frequencies(child)
+    return copied
+
+
+def _at_original_frequencies(rotary: nn.Module) -> nn.Module:
+    """A copy of a rotary embedding that has run no input yet."""
+    copied = _shallow_copy(rotary)
+    copied._buffers = dict(rotary._buffers)
+    for name in rotary._buffers:
+        original = getattr(rotary, f"{name.removesuffix('inv_freq')}original_inv_freq", None)
+        if original is not None:
+            copied._buffers[name] = original.to(rotary._buffers[name].device)
+    for name in list(vars(rotary)):
+        if name.endswith("max_seq_len_cached"):
+            setattr(copied, name, rotary.original_max_seq_len)
+    return copied
 
 
 def _copy_block(owner: nn.Module, config) -> nn.Module:

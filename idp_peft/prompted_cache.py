@@ -13,7 +13,11 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from transformers import Cache
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+
+_CACHES = (Cache, DynamicCache, StaticCache)
+_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
 @dataclass
@@ -29,6 +33,7 @@ class PromptPart:
         started_by (`tuple`): which model and adapter the prompts are from.
         covered (`int`): how many input slots `mask` speaks for, besides the prompt's (those of a prefill whose padding
             stands before the prompt).
+        read (`torch.Tensor`, *optional*): int64 `[batch, n]`, the tokens of the text so far, where it may be read again.
     """
 
     prompt_ids: torch.Tensor
@@ -37,6 +42,7 @@ class PromptPart:
     mask: torch.Tensor | None
     started_by: tuple[str, str] = ("", "")
     covered: int = 0
+    read: torch.Tensor | None = None
 
     def extend_mask(
         self, attention_mask: torch.Tensor | None, batch: int, total: int, always: bool = False
@@ -67,6 +73,8 @@ class PromptPart:
             self.shift = self.shift[rows]
         if self.mask is not None:
             self.mask = self.mask[rows.to(self.mask.device)]
+        if self.read is not None:
+            self.read = self.read[rows.to(self.read.device)]
 
 
 class _InputLengths:
@@ -89,6 +97,8 @@ class _InputLengths:
             if size >= 0 and _crops_to_a_length(type(self)):
                 size += self.idp_part.positions
         super().crop(size)
+        if self.idp_part is not None and self.idp_part.read is not None:
+            self.idp_part.read = self.idp_part.read[:, : self.get_seq_length()]
 
     def reset(self) -> None:
         super().reset()
@@ -161,8 +171,20 @@ def adopt(cache: Cache) -> None:
 
 
 def decoder_view(cache: Cache) -> Cache:
-    """What the decoder works on: the same layers, every position counted."""
+    """What the decoder works on: the same state, every position counted."""
     plain = _plain_class(type(cache))
     view = plain.__new__(plain)
-    view.__dict__.update(cache.__dict__)
+    view.__dict__ = cache.__dict__  # not a copy: what a cache of the caller's own class notes down must stay
     return view
+
+
+def stores_exactly(cache: Cache | None) -> bool:
+    """Whether a cache gives back the keys and values that it was given, however they were divided into calls.
+
+    Quantised ones do not: their first call sets the scale. Of a class that is not transformers' own, nobody knows.
+    """
+    if cache is None:
+        return True
+    plain = _plain_class(type(cache)) if is_prompted(cache) else type(cache)
+    layers = {type(layer) for layer in cache.layers} or {cache.layer_class_to_replicate}
+    return plain in _CACHES and layers <= set(_LAYERS)

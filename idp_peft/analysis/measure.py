@@ -13,9 +13,7 @@ from idp_peft.analysis.examples import IGNORED, Example, collate, read_examples
 from idp_peft.analysis.quietly import quietly
 from idp_peft.analysis.report import SelectionReport
 from idp_peft.choice import select
-from idp_peft.decoder import has_changing_rotary, rotary_length
 from idp_peft.evaluation.prompted import input_logits
-from idp_peft.input_checks import check_room
 from idp_peft.layer import IDPLayer
 from idp_peft.selection import context_tokens
 
@@ -86,7 +84,9 @@ def measure(model, examples: list[Example], *, oracle: bool, batch_size: int) ->
     with quietly(model, layer), tqdm(total=len(batches) * passes, desc="selection", delay=_BAR_AFTER) as bar:
         for rows in batches:
             batch = {name: value.to(_device(layer)) for name, value in collate([examples[i] for i in rows]).items()}
-            selection = _choose(layer, batch)
+            inputs = {"input_ids": batch["input_ids"]}
+            masks = batch["attention_mask"], batch.get("selection_mask"), batch.get("labels")
+            selection = select(layer, inputs, *masks)
             prompt_ids[rows] = selection.prompt_ids.cpu().numpy()
             scores = None if selection.scores is None else _put(scores, rows, selection.scores)
             if has_labels:
@@ -142,17 +142,6 @@ def _check_columns(examples: list[Example], oracle: bool) -> None:
 
 def _device(layer: IDPLayer) -> torch.device:
     return layer.get_base_layer().weight.device
-
-
-def _choose(layer: IDPLayer, batch: dict):
-    """The choice as the decoder's own call makes it."""
-    real, bank = batch["attention_mask"].bool(), layer.active_bank
-    check_room(layer.decoder, real.shape[1], bank.max_length, real)
-    length = None
-    if has_changing_rotary(layer.decoder):
-        length = rotary_length(layer.decoder, bank.max_length + int(real.sum(-1).max()))
-    inputs = {"input_ids": batch["input_ids"]}
-    return select(layer, inputs, real, batch.get("selection_mask"), batch.get("labels"), length)
 
 
 def _put(table: np.ndarray, rows: list[int], values: torch.Tensor) -> np.ndarray:

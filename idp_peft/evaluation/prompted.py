@@ -68,7 +68,7 @@ def choose(model, rows: list[list[int]], batch_size: int) -> list[int]:
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     for start in range(0, len(rows), batch_size):
         ids, mask = pad_right([rows[index] for index in order[start : start + batch_size]], model.device)
-        chosen += select(layer, {"input_ids": ids}, mask.bool()).prompt_ids.tolist()
+        chosen += select(layer, {"input_ids": ids}, mask).prompt_ids.tolist()
     by_row = dict(zip(order, chosen, strict=True))
     return [by_row[index] for index in range(len(rows))]
 

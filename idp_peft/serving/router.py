@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,10 +19,7 @@ from idp_peft.decoder import (
     embedding_width,
     find_blocks,
     find_decoder,
-    has_changing_rotary,
-    rotary_length,
 )
-from idp_peft.input_checks import check_room, checked_mask
 from idp_peft.layer import IDPLayer
 from idp_peft.selection import Selection
 from idp_peft.serving.exported import ExportedModel, is_exported
@@ -103,19 +99,8 @@ class Router:
         Raises:
             `ValueError`: for an empty input, a row without a token to choose by, or more tokens than the base has positions.
         """
-        if 0 in input_ids.shape:
-            raise ValueError(f"the input is empty: got {input_ids.shape[0]} rows of {input_ids.shape[1]} tokens")
-        device = self.layer.get_base_layer().weight.device
-        input_ids = input_ids.to(device)
-        mask = checked_mask({"attention_mask": attention_mask}, *input_ids.shape, "the input")
-        real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.to(device).bool()
-        decoder, longest = self.layer.decoder, self.layer.active_bank.max_length
-        check_room(decoder, input_ids.shape[1], longest, real)
-        length = None
-        if has_changing_rotary(decoder):
-            length = rotary_length(decoder, longest + int(real.sum(-1).max()))
-        selection = select(self.layer, {"input_ids": input_ids}, real, selection_mask, None, length)
-        return replace(selection, prompt_names=self.config.prompt_names)
+        input_ids = input_ids.to(self.layer.get_base_layer().weight.device)
+        return select(self.layer, {"input_ids": input_ids}, attention_mask, selection_mask)
 
     def route(self, texts: Sequence[str | list[int]], batch_size: int = 8) -> Selection:
         """The prompt of each text.
