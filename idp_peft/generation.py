@@ -57,7 +57,7 @@ def generate(layer, args: tuple, kwargs: dict, prompt_ids, selection_mask: torch
         total=None if kept else settings.total_tokens(source.shape[1]),
     )
     with running(call):
-        if some_choose and settings.get("prefill_chunk_size") is not None:
+        if some_choose and layer.active_config.chooses and settings.get("prefill_chunk_size") is not None:
             kwargs = _choose_before_chunks(call, source, kwargs, settings)
         return layer.model.generate(*args, **kwargs)
 
