@@ -45,7 +45,7 @@ def labels_of_step(input_ids: torch.Tensor | None) -> torch.Tensor | None:
             if _has_shape(value, input_ids) and ((runs_its_rows and name == "labels") or _labels_of(value, input_ids)):
                 return value
         if frame.f_globals.get("__name__", "").startswith("trl."):
-            labels = _by_trl_names(dict(named), input_ids)
+            labels = _by_trl_names({**dict(named), **frame.f_locals}, input_ids)
             if labels is not None:
                 return labels
     return None
@@ -84,7 +84,8 @@ def packs_rows() -> bool:
 
 
 def compares_answers() -> bool:
-    """Whether the running trainer is one of TRL's that weighs answers to one prompt, sampled or given (DPO, GRPO, ...)."""
+    """Whether the running trainer is one of TRL's whose forwards must agree on the prompt of a context: it weighs answers,
+    given or sampled, against each other or a reference (DPO, GRPO, ...)."""
     frames = _frames_of_step()
     if not frames:
         return False
@@ -135,7 +136,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _by_trl_names(named: dict, input_ids: torch.Tensor) -> torch.Tensor | None:
     """Labels by what TRL calls the parts of prompts with completions: a mask of the completions, how many tokens they have
-    at the end of all rows, or the prompts in front of them."""
+    at the end of all rows, or the prompts in front of them. (As a model's argument, `logits_to_keep` is one more.)"""
     mask, tokens, prompts = (named.get(name) for name in ("completion_mask", "logits_to_keep", "prompt_ids"))
     if isinstance(mask, torch.Tensor) and mask.shape == input_ids.shape:
         return input_ids.masked_fill(mask.to(input_ids.device) == 0, _IGNORED)

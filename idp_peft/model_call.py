@@ -43,8 +43,9 @@ class ModelCall:
                 args, kwargs = self._on_every_prompt(call, model, args, kwargs)
             elif config.assignment == "uniform" and compares_answers():
                 raise ValueError(
-                    "assignment='uniform' deals a prompt to each row, and this trainer compares rows that answer the same "
-                    "prompt: use assignment='selected', which gives them the same one"
+                    "assignment='uniform' deals a prompt to each row of every forward, and this trainer needs one prompt for one "
+                    "context in all of them (answers that it compares, text that the model sampled, a reference): use "
+                    "assignment='selected'"
                 )
         calls.begin(call)
         return args, kwargs
