@@ -22,9 +22,10 @@ _IGNORED = -100
 def labels_of_step(input_ids: torch.Tensor | None) -> torch.Tensor | None:
     """The labels of `input_ids` that a trainer's running step holds, where it calls the model without them.
 
-    Looked for in the variables of the functions between the step and the model, and in the dicts among these: a tensor of
-    the input's shape is its labels where each entry is -100 or the input's token (-100 at least once), whatever its name; or
-    where it is called `labels` and the step's own rows are run. TRL's code may hold only where its completions begin.
+    Looked for in the variables of the functions between the step and the model, and in the dicts among these. A tensor of
+    the input's shape (or longer: some loops drop the last token) is its labels where each entry is -100 or the input's token,
+    -100 at least once, whatever its name; or where it is called `labels` and the step's own rows are run. TRL's code may
+    hold no such tensor but say where its completions begin.
 
     Args:
         input_ids (`torch.Tensor`, *optional*): int64 `[batch, n]`, of the call.
@@ -42,8 +43,10 @@ def labels_of_step(input_ids: torch.Tensor | None) -> torch.Tensor | None:
     for frame in frames:
         named = list(_variables(frame))
         for name, value in named:
-            if _has_shape(value, input_ids) and ((runs_its_rows and name == "labels") or _labels_of(value, input_ids)):
-                return value
+            if value is not input_ids and _could_be_labels(value, input_ids):
+                labels = value[:, : input_ids.shape[1]]
+                if (runs_its_rows and name == "labels") or _are_labels(labels, input_ids):
+                    return labels
         if frame.f_globals.get("__name__", "").startswith("trl."):
             labels = _by_trl_names({**dict(named), **frame.f_locals}, input_ids)
             if labels is not None:
@@ -119,15 +122,14 @@ def _variables(frame: FrameType) -> Iterator[tuple[str, object]]:
             yield from ((str(key), entry) for key, entry in value.items())
 
 
-def _has_shape(value: object, input_ids: torch.Tensor) -> bool:
+def _could_be_labels(value: object, input_ids: torch.Tensor) -> bool:
     integers = isinstance(value, torch.Tensor) and not value.is_floating_point() and value.dtype != torch.bool
-    return integers and value is not input_ids and value.shape == input_ids.shape
+    return integers and value.ndim == 2 and len(value) == len(input_ids) and value.shape[1] >= input_ids.shape[1]
 
 
-def _labels_of(value: torch.Tensor, input_ids: torch.Tensor) -> bool:
-    value = value.to(input_ids.device)
-    ignored = value == _IGNORED
-    return bool(ignored.any()) and _same(value.masked_fill(ignored, 0), input_ids.masked_fill(ignored, 0))
+def _are_labels(value: torch.Tensor, input_ids: torch.Tensor) -> bool:
+    ignored = value.to(input_ids.device) == _IGNORED
+    return bool(ignored.any()) and _same(value.to(input_ids).masked_fill(ignored, 0), input_ids.masked_fill(ignored, 0))
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

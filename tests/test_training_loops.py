@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("trl", reason="TRL is not installed: `pip install idp-peft[test]` has it")
 pytest.importorskip("datasets")
 
 import trl
 
-from tests.training_loops import LOOPS, NOT_RUN, PAGE, TRL, run, table, table_of
+from tests.training_loops import LOOPS, NOT_RUN, PAGE, TRL, batch, run, table, table_of
 
 pytestmark = pytest.mark.xdist_group("training_loops")  # the table is made of what the other tests ran
 UNKNOWN_TARGETS = ("an own loop that passes neither", "an own loop that calls the decoder")
@@ -74,6 +76,23 @@ def test_a_reward_model_is_refused_before_it_trains():
 
 def test_the_page_has_the_table_of_what_was_run():
     assert table_of(PAGE.read_text(encoding="utf-8")) == table(), "run `python -m tests.training_loops`"
+
+
+def test_the_four_calls_of_the_page_choose_as_it_says(make):
+    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    model, rows, chosen, said = make("llama", num_prompts=4).train(), batch(), [], []
+    labels = rows.pop("labels")
+    for line in code.splitlines():
+        names = {"model": model, "batch": rows, "labels": labels, "prompt_ids": torch.tensor([0, 1] * 4)}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            exec(line, names)
+        assert names["out"].logits.requires_grad
+        chosen.append(model.last_selection.prompt_ids.tolist())
+        said.append(len(caught))
+    assert chosen[0] == chosen[1] != chosen[3]
+    assert chosen[2] == [0, 1] * 4
+    assert said == [0, 0, 0, 1]
 
 
 def test_every_trainer_of_trl_is_run_or_has_a_reason():
