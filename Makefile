@@ -21,7 +21,7 @@ STUDY := benchmarks/study/configs/smollm2-135m.yaml
 TRAINED := runs/study/smollm2-135m/gptq-3bit
 MEASURED ?= runs/measured
 
-.PHONY: demo study test test-oldest test-compression test-serving test-distributed lint
+.PHONY: demo study test test-oldest test-compression test-serving test-distributed test-peft test-peft-oldest lint
 
 # The two MALLOC settings spare page faults while training.
 demo: $(COMPRESSION_ENV)
@@ -71,6 +71,13 @@ test-serving: $(VENV)-serving/.test-ready
 # Two gloo processes in every way of sharding; ZeRO-3 too where DeepSpeed is installed (`pip install deepspeed`).
 test-distributed: $(TEST_ENV)
 	$(PY) -m pytest tests/test_distributed.py tests/slow/test_distributed_matrix.py
+
+# PEFT's own decoder tests with IDP as the method: those of the newest PEFT, and of the oldest.
+test-peft: $(TEST_ENV)
+	$(PY) -m pytest -rs tests/slow/test_peft_suite.py
+
+test-peft-oldest: $(VENV)-oldest/.test-ready
+	$(VENV)-oldest/bin/python -m pytest -rs tests/slow/test_peft_suite.py
 
 lint: $(TEST_ENV)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

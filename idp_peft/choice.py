@@ -8,6 +8,7 @@ import torch
 
 from idp_peft import call as calls
 from idp_peft.decoder import has_changing_rotary, rotary_length
+from idp_peft.host_loop import in_training, labels_of_step
 from idp_peft.input_checks import real_tokens
 from idp_peft.probe import attention_at_layer
 from idp_peft.prompt_ids import AUTO, CHOOSES, check_prompt_ids
@@ -30,7 +31,7 @@ def prompts_for(layer, kwargs: dict, real: torch.Tensor) -> torch.Tensor:
         real (`torch.Tensor`): bool `[batch, n]`, the attention mask.
     """
     batch = len(real)
-    call = calls.current_call(layer) or calls.Call(layer)
+    call = calls.current_call(layer) or calls.Call(layer, labels=labels_of_step(kwargs.get("input_ids")))
     rows = call.batch if call.generating else batch  # `generate` repeats each row for its beams
     selection = call.chosen
     if selection is None:
@@ -77,20 +78,17 @@ def _assign_or_select(call: calls.Call, inputs: dict, real: torch.Tensor, rows=N
     """What rows get whose prompt is not forced: int64 `rows`, all by default."""
     layer = call.owner
     config = layer.active_config
-    if layer.training and not call.generating:
+    if config.num_prompts > 1 and not call.generating and in_training(layer):
         if config.assignment == "uniform":
             dealt = len(real) if rows is None else len(rows)
             return Selection(deal_evenly(dealt, config.num_prompts, *place_in_batch()))
         if config.assignment == "all":
             raise ValueError(
                 "assignment='all' works through the model's own forward with `labels`, not by calling its decoder, and "
-                f"not with {AUTO!r} among `prompt_ids`"
+                f"not with {AUTO!r} among `prompt_ids`: use assignment='selected' or 'uniform'"
             )
-        if call.labels is None and call.selection_mask is None:
-            raise ValueError(
-                "assignment='selected' needs `labels` or `selection_mask` in the model's call, so that targets cannot "
-                "steer the choice (Trainer's label smoothing takes the labels out of it)"
-            )
+        if config.chooses and call.labels is None and call.selection_mask is None:
+            layer.warn_that_targets_may_steer()
     return select(layer, inputs, real, call.selection_mask, call.labels, rows)
 
 
@@ -121,7 +119,7 @@ def select(
     """
     config = layer.active_config
     real = real_tokens(layer, inputs, attention_mask)
-    if config.selection == "fixed" or config.num_prompts == 1:
+    if not config.chooses:
         choosing = len(real) if rows is None else len(rows)
         fixed = torch.full((choosing,), config.fixed_prompt, device=real.device)
         return Selection(fixed, prompt_names=config.prompt_names)

@@ -72,7 +72,9 @@ class IDPConfig(PeftConfig):
         assignment (`str`, defaults to `"selected"`):
             Which prompt a training example trains (in training mode; evaluation always selects). `"selected"`: the one
             the example would choose, so that the prompts which inference uses are the ones that learn; it may settle
-            on few of them. `"uniform"`: a balanced random deal over each batch, from torch's global generator, so a
+            on few of them. The choice reads what stands before the example's first label; a loop that calls the model
+            without `labels` or `selection_mask` is warned once, since the choice then reads the targets too.
+            `"uniform"`: a balanced random deal over each batch, from torch's global generator, so a
             resumed `Trainer` continues it exactly; all prompts learn, and the choice may fall on a poor one (measured:
             `benchmarks/LOG.md`). `"all"`: every example trains every prompt, at M times the cost; the loss is the mean
             over prompts, the returned logits their mean.
@@ -212,6 +214,11 @@ class IDPConfig(PeftConfig):
         if isinstance(self.num_virtual_tokens, list):
             return list(self.num_virtual_tokens)
         return [self.num_virtual_tokens] * self.num_prompts
+
+    @property
+    def chooses(self) -> bool:
+        """Whether inputs choose: whether there is more than one prompt, and `selection` is not `"fixed"`."""
+        return self.num_prompts > 1 and self.selection != "fixed"
 
     def prompt_id(self, name: str | None) -> int:
         """The number of the prompt of this name, for `prompt_ids` that must be a tensor; -1 (no prompt) for `None`.

@@ -32,7 +32,8 @@ def find_decoder(model: nn.Module) -> nn.Module:
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"IDP needs a decoder-only model: {name} is an encoder-decoder")
     decoder = model.get_decoder()
-    if decoder is model or decoder is None or getattr(decoder, "config", None) is None:
+    classifies = model.get_output_embeddings() is None and not model.can_generate()
+    if classifies or decoder is model or decoder is None or getattr(decoder, "config", None) is None:
         raise ValueError(f"IDP needs a causal language model with its head (AutoModelForCausalLM), got {name}")
     if decoder.config.model_type in _BIDIRECTIONAL and not decoder.config.is_decoder:
         raise ValueError(f"IDP needs causal attention: {name} attends in both directions (`is_decoder=False`)")

@@ -27,11 +27,11 @@ from idp_peft.decoder import (
     replace_cache,
     rotary_length,
 )
+from idp_peft.host_loop import frames_of_generate
 from idp_peft.input_checks import (
     check_room,
     checked_inputs,
     checked_mask,
-    generate_frames,
     refuse_cache_under_checkpointing,
     refuse_foreign_cache,
     refuse_lengths_by_layer,
@@ -162,7 +162,7 @@ class DecoderCall:
         if before == now:
             return False
         call = calls.current_call(self.layer)
-        return (call is not None and call.generating) or bool(generate_frames(self.layer.model))
+        return (call is not None and call.generating) or bool(frames_of_generate(self.layer.model))
 
     def _read_again(self, decoder: nn.Module, kwargs: dict, cache, past: int) -> None:
         part: PromptPart = cache.idp_part

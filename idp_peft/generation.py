@@ -60,7 +60,8 @@ def generate(layer, args: tuple, kwargs: dict, prompt_ids, selection_mask: torch
     if prompt_ids is None and is_prompted(cache) and cache.idp_part is not None:
         call.chosen = _kept(layer, cache.idp_part, len(source))
     with running(call):
-        if some_choose and call.chosen is None and settings.get("prefill_chunk_size") is not None:
+        chooses = some_choose and layer.active_config.chooses and call.chosen is None
+        if chooses and settings.get("prefill_chunk_size") is not None:
             kwargs = _choose_before_chunks(call, source, kwargs, settings)
         return layer.model.generate(*args, **kwargs)
 

@@ -1,7 +1,7 @@
-"""What a trainer's loop knows of a forward and does not pass on: labels that it took out, rows that belong together.
+"""What a host's loop knows of a forward and does not pass on: which tokens are targets, rows that belong together.
 
 transformers' `Trainer` and TRL's trainers sometimes call the model without the labels that they hold (label smoothing, a
-loss function of one's own, metrics that need logits), and with rows that nothing in the call tells from single documents
+loss of one's own, metrics that need logits), and with rows that nothing in the call tells from single documents
 (TRL's `packing_strategy="wrapped"`). Both would silently change what a choice reads. Nothing is patched: the loop that is
 running is looked up in the call stack.
 """
@@ -9,61 +9,145 @@ running is looked up in the call stack.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Mapping
+from types import FrameType
 
 import torch
+from torch import nn
 
 _STEPS = ("training_step", "prediction_step")
+_IGNORED = -100
 
 
-def labels_of_prediction(inputs: torch.Tensor | None) -> torch.Tensor | None:
-    """The labels of a trainer's running `prediction_step`, where it calls the model on `inputs` without them.
+def labels_of_step(input_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """The labels of `input_ids` that a trainer's running step holds, where it calls the model without them.
+
+    Looked for in the variables of the functions between the step and the model, and in the dicts among these. A tensor of
+    the input's shape (or longer: some loops drop the last token) is its labels where each entry is -100 or the input's token,
+    -100 at least once, whatever its name; or where it is called `labels` and the step's own rows are run. TRL's code may
+    hold no such tensor but say where its completions begin.
 
     Args:
-        inputs (`torch.Tensor`, *optional*): int64 `[batch, n]`, the `input_ids` of the call.
+        input_ids (`torch.Tensor`, *optional*): int64 `[batch, n]`, of the call.
 
     Returns:
-        `torch.Tensor` or `None`: `[batch, n]`; `None` outside of such a step, or where it holds other inputs.
+        `torch.Tensor` or `None`: `[batch, n]`, -100 for what is no target; `None` outside of such a step, in a `generate`
+        that it runs, or where it holds no labels of these rows.
     """
-    frame = _running_step()
-    if frame is None or inputs is None or frame.f_code.co_name != "prediction_step":
+    frames = _frames_of_step()
+    if not frames or input_ids is None or input_ids.ndim != 2 or any(_generates(frame) for frame in frames):
         return None
-    batch = frame.f_locals.get("inputs")
-    batch = batch if hasattr(batch, "get") else {}
-    labels = batch.get("labels")
-    # transformers reads them off the batch before it takes them out of it.
-    labels = frame.f_locals.get("labels") if labels is None else labels
-    same = isinstance(batch.get("input_ids"), torch.Tensor) and torch.equal(batch["input_ids"], inputs)
-    return labels if same and isinstance(labels, torch.Tensor) and labels.shape == inputs.shape else None
+    batch = frames[-1].f_locals.get("inputs")
+    rows = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    runs_its_rows = isinstance(rows, torch.Tensor) and _same(rows, input_ids)
+    for frame in frames:
+        named = list(_variables(frame))
+        for name, value in named:
+            if value is not input_ids and _could_be_labels(value, input_ids):
+                labels = value[:, : input_ids.shape[1]]
+                if (runs_its_rows and name == "labels") or _are_labels(labels, input_ids):
+                    return labels
+        if frame.f_globals.get("__name__", "").startswith("trl."):
+            labels = _by_trl_names({**dict(named), **frame.f_locals}, input_ids)
+            if labels is not None:
+                return labels
+    return None
+
+
+def in_training(layer) -> bool:
+    """Whether a forward that runs now trains: its modules do, and it is no step of transformers' `generate`.
+
+    Args:
+        layer (`IDPLayer`): of the model.
+    """
+    return layer.training and not frames_of_generate(layer.model)
+
+
+def frames_of_generate(model: nn.Module) -> list[dict]:
+    """Local variables of the functions of this model's `generate` that are running its forward; empty outside of one."""
+    found, frame = [], sys._getframe(1)
+    while frame is not None:
+        if _generates(frame) and frame.f_locals.get("self") is model:
+            found.append(frame.f_locals)
+        frame = frame.f_back
+    return found
 
 
 def packs_rows() -> bool:
     """Whether the running trainer's arguments say that its rows hold several documents (`packing`, `eval_packing`)."""
-    frame = _running_step()
-    if frame is None:
+    frames = _frames_of_step()
+    if not frames:
         return False
-    arguments = frame.f_locals["self"].args
+    step = frames[-1]
+    arguments = step.f_locals["self"].args
     packing = getattr(arguments, "packing", False)
-    if frame.f_code.co_name == "prediction_step" and getattr(arguments, "eval_packing", None) is not None:
+    if step.f_code.co_name == "prediction_step" and getattr(arguments, "eval_packing", None) is not None:
         packing = arguments.eval_packing
     return bool(packing)
 
 
 def compares_answers() -> bool:
-    """Whether the running trainer is one of TRL's that weighs answers to one prompt, sampled or given (DPO, GRPO, ...)."""
-    frame = _running_step()
-    if frame is None:
+    """Whether the running trainer is one of TRL's whose forwards must agree on the prompt of a context: it weighs answers,
+    given or sampled, against each other or a reference (DPO, GRPO, ...)."""
+    frames = _frames_of_step()
+    if not frames:
         return False
-    classes = type(frame.f_locals["self"]).__mro__
+    classes = type(frames[-1].f_locals["self"]).__mro__
     from_trl = any(each.__module__.startswith("trl.") for each in classes)
     return from_trl and not any(each.__name__ == "SFTTrainer" for each in classes)
 
 
-def _running_step():
-    """The frame of the innermost `training_step` or `prediction_step` of a transformers `Trainer`, or `None`."""
+def _frames_of_step() -> list[FrameType]:
+    """The frames from the caller to the innermost `training_step` or `prediction_step` of a transformers `Trainer`, which
+    is the last; empty outside of one."""
     trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
-    frame = None if trainer is None else sys._getframe(2)
+    frames, frame = [], None if trainer is None else sys._getframe(2)
     while frame is not None:
+        frames.append(frame)
         if frame.f_code.co_name in _STEPS and isinstance(frame.f_locals.get("self"), trainer):
-            return frame
+            return frames
         frame = frame.f_back
-    return None
+    return []
+
+
+def _generates(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__") == "transformers.generation.utils"
+
+
+def _variables(frame: FrameType) -> Iterator[tuple[str, object]]:
+    """A frame's variables, and the entries of the dicts among them."""
+    for name, value in frame.f_locals.items():
+        yield name, value
+        if isinstance(value, Mapping):
+            yield from ((str(key), entry) for key, entry in value.items())
+
+
+def _could_be_labels(value: object, input_ids: torch.Tensor) -> bool:
+    integers = isinstance(value, torch.Tensor) and not value.is_floating_point() and value.dtype != torch.bool
+    return integers and value.ndim == 2 and len(value) == len(input_ids) and value.shape[1] >= input_ids.shape[1]
+
+
+def _are_labels(value: torch.Tensor, input_ids: torch.Tensor) -> bool:
+    ignored = value.to(input_ids.device) == _IGNORED
+    return bool(ignored.any()) and _same(value.to(input_ids).masked_fill(ignored, 0), input_ids.masked_fill(ignored, 0))
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.to(other), other)
+
+
+def _by_trl_names(named: dict, input_ids: torch.Tensor) -> torch.Tensor | None:
+    """Labels by what TRL calls the parts of prompts with completions: a mask of the completions, how many tokens they have
+    at the end of all rows, or the prompts in front of them. (As a model's argument, `logits_to_keep` is one more.)"""
+    mask, tokens, prompts = (named.get(name) for name in ("completion_mask", "logits_to_keep", "prompt_ids"))
+    if isinstance(mask, torch.Tensor) and mask.shape == input_ids.shape:
+        return input_ids.masked_fill(mask.to(input_ids.device) == 0, _IGNORED)
+    if type(tokens) is int and tokens:
+        begin = input_ids.shape[1] - tokens
+    elif isinstance(prompts, torch.Tensor) and prompts.ndim == 2 and _same(prompts, input_ids[:, : prompts.shape[1]]):
+        begin = prompts.shape[1]
+    else:
+        return None
+    labels = input_ids.clone()
+    labels[:, : max(begin, 0)] = _IGNORED
+    return labels

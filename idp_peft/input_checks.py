@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import nn
 from transformers import Cache, EncoderDecoderCache, StaticCache
 
 from idp_peft import call as calls
 from idp_peft.decoder import gathers_layers, given_cache, has_changing_rotary, position_limit
-from idp_peft.host_loop import packs_rows
+from idp_peft.host_loop import frames_of_generate, packs_rows
 from idp_peft.prompted_cache import is_prompted
 
 _CONTINUOUS = "transformers.generation.continuous_batching"
@@ -153,7 +151,7 @@ def refuse_without_own_generate(layer, kwargs: dict) -> None:
     call = calls.current_call(layer)
     if call is not None and (call.generating or call.prompt_ids is not None):
         return
-    frames = generate_frames(layer.model)
+    frames = frames_of_generate(layer.model)
     if not frames:
         return
     cache, config = given_cache(kwargs), layer.active_config
@@ -162,7 +160,7 @@ def refuse_without_own_generate(layer, kwargs: dict) -> None:
     argument = None
     if cache is not None and cache.is_compileable and not is_prompted(cache):
         argument, why = "cache_implementation='static'", "sizes a static cache without room for the prompt"
-    elif config.num_prompts > 1 and config.selection != "fixed":
+    elif config.chooses:
         if any(frame.get("custom_generate") is not None for frame in frames):
             argument, why = "custom_generate=...", "may choose again, or by a part of the input"
         elif kwargs.get("use_cache") is False and cache is None:
@@ -181,13 +179,3 @@ def refuse_without_own_generate(layer, kwargs: dict) -> None:
         f"generate({argument}) {why} when the adapter was added by transformers' own adapter methods: wrap the model with "
         "peft (`PeftModel.from_pretrained`, `get_peft_model`), or use the default cache"
     )
-
-
-def generate_frames(model: nn.Module) -> list[dict]:
-    """Local variables of the functions of this model's `generate` that are running its forward; empty outside of one."""
-    found, frame = [], sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "transformers.generation.utils" and frame.f_locals.get("self") is model:
-            found.append(frame.f_locals)
-        frame = frame.f_back
-    return found

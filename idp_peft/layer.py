@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
+import warnings
 from weakref import WeakKeyDictionary
 
 import torch
@@ -45,6 +46,7 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         # Names: the parameters themselves would keep a whole model alive behind one that was sharded since.
         self._trainable_before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._last_selection: Selection | None = None
+        self._warned_of_targets = False
         self._identity = uuid.uuid4().hex
         model_call, decoder_call = ModelCall(self), DecoderCall(self)
         self._handles = [
@@ -89,10 +91,14 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         self.idp_config[name] = config
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's version also casts to the base's dtype; prompts stay float32.
+        # PEFT's version also casts to the base's dtype; that is `cast_bank`'s.
         bank = self.idp_prompts[adapter_name]
         if not bank.weight.is_meta:
             bank.to(device or self.get_base_layer().weight.device)
+
+    def cast_bank(self, name: str) -> None:
+        """Give a bank the base's dtype: that of its input embeddings. Prompts are float32 otherwise."""
+        self.idp_prompts[name].to(self.dtype)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -188,12 +194,24 @@ class IDPLayer(nn.Module, BaseTunerLayer):
             part = first_layers(self.decoder, number)
             return compute_prompt_cache(part, self.active_bank, self.dtype, rotary_length)
 
-    # ------------------------------------------------------------------ what was chosen last
+    # ------------------------------------------------------------------ what was chosen, and by what
 
     @property
     def last_selection(self) -> Selection | None:
         """The latest choice made by the calling thread, or by any thread where that one made none."""
         return _selections().get(self, self._last_selection)
+
+    def warn_that_targets_may_steer(self) -> None:
+        """Say once what it means to train without saying which tokens are targets."""
+        if not self._warned_of_targets:
+            self._warned_of_targets = True
+            warnings.warn(
+                "this training step says nothing of which tokens are targets, so each row chose its prompt by all of its tokens: "
+                "targets may steer the choice, and the same text may choose another prompt at inference. Pass `labels` (the "
+                "choice then reads what stands before a row's first label) or `selection_mask` in the model's call",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def remember(self, selection: Selection) -> None:
         self._last_selection = selection

@@ -48,7 +48,7 @@ def _check(arguments) -> None:
     """What can be said before the harness reads its thousands of task files.
 
     Raises:
-        `ValueError`: for a `model_args` that we do not know, or an IDP adapter under another model type.
+        `ValueError`: for a `model_args` that we do not know, or an IDP adapter that chooses under another model type.
     """
     from lm_eval.utils import simple_parse_args_string
 
@@ -58,15 +58,15 @@ def _check(arguments) -> None:
     model = _setting(arguments, "model")
     if model == MODEL_TYPE:
         check_arguments(model_args)
-    elif "peft" in model_args and _is_idp(str(model_args["peft"]), model_args.get("revision")):
+    elif "peft" in model_args and _chooses(str(model_args["peft"]), model_args.get("revision")):
         raise ValueError(
             f"`peft` {model_args['peft']} is an IDP adapter, and --model {model or 'hf'} would let every answer choose the "
             f"prompt that it is scored with: use --model {MODEL_TYPE}, where a question chooses one for all its answers"
         )
 
 
-def _is_idp(peft: str, revision: str | None) -> bool:
-    """Whether an adapter's config says so; an adapter that is not to be had is left to the harness."""
+def _chooses(peft: str, revision: str | None) -> bool:
+    """Whether an adapter is an IDP one whose inputs choose; one that is not to be had is left to the harness."""
     path = Path(peft).expanduser() / "adapter_config.json"
     if not path.is_file():
         if Path(peft).is_absolute() or Path(peft).exists():
@@ -78,7 +78,8 @@ def _is_idp(peft: str, revision: str | None) -> bool:
             path = Path(hf_hub_download(peft, "adapter_config.json", revision=revision))
         except (OSError, HfHubHTTPError, HFValidationError):
             return False
-    return json.loads(path.read_text(encoding="utf-8")).get("peft_type") == "IDP"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return config.get("peft_type") == "IDP" and config.get("num_prompts") != 1 and config.get("selection") != "fixed"
 
 
 def _add_local_tasks(arguments) -> None:

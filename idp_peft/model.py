@@ -65,11 +65,17 @@ class IDPModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: IDPConfig, model_config: dict) -> IDPConfig:
         """Everything that can be refused is refused here, before the model is touched."""
         decoder = find_decoder(self.model)
-        check_selection_layer(decoder, peft_config.selection_layer, peft_config.selection == "attention")
+        reads_attention = peft_config.chooses and peft_config.selection == "attention"
+        check_selection_layer(decoder, peft_config.selection_layer, reads_attention)
         came_from = getattr(peft_config, "_came_from", None)
         if came_from is not None:
             check_weights(*came_from, peft_config, embedding_width(self.model.get_input_embeddings()), self.model)
         return peft_config
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            self.layer.cast_bank(adapter_name)
 
     def _check_target_module_exists(self, peft_config: IDPConfig, key: str) -> bool:
         return self.model.get_submodule(key) is self.model.get_decoder()

@@ -7,7 +7,7 @@ from torch import nn
 
 from idp_peft import call as calls
 from idp_peft.decoder import by_name
-from idp_peft.host_loop import compares_answers, labels_of_prediction
+from idp_peft.host_loop import compares_answers, in_training, labels_of_step
 
 _OWN = ("prompt_ids", "selection_mask")
 
@@ -37,14 +37,15 @@ class ModelCall:
         if outer is not None and not outer.generating:
             calls.forget(outer)
         call = calls.Call(self.layer, labels=self._labels(model, args, kwargs), **own)
-        if self.layer.training and "prompt_ids" not in own:
-            assignment = self.layer.active_config.assignment
-            if assignment == "all":
+        config = self.layer.active_config
+        if config.num_prompts > 1 and "prompt_ids" not in own and in_training(self.layer):
+            if config.assignment == "all":
                 args, kwargs = self._on_every_prompt(call, model, args, kwargs)
-            elif assignment == "uniform" and compares_answers():
+            elif config.assignment == "uniform" and compares_answers():
                 raise ValueError(
-                    "assignment='uniform' deals a prompt to each row, and this trainer compares rows that answer the same "
-                    "prompt: use assignment='selected', which gives them the same one"
+                    "assignment='uniform' deals a prompt to each row of every forward, and this trainer needs one prompt for one "
+                    "context in all of them (answers that it compares, text that the model sampled, a reference): use "
+                    "assignment='selected'"
                 )
         calls.begin(call)
         return args, kwargs
@@ -61,22 +62,24 @@ class ModelCall:
         return self._with_mean_logits(call.batch, output)
 
     def _labels(self, model: nn.Module, args: tuple, kwargs: dict) -> torch.Tensor | None:
-        """The labels of a call; in evaluation, also those that a trainer's loop took out of it."""
+        """The labels of a call, or those that a trainer's loop took out of it."""
         kwargs = by_name(model, args, kwargs)
         labels = kwargs.get("labels")
-        if labels is None and not self.layer.training:
-            labels = labels_of_prediction(kwargs.get("input_ids"))
-        return labels
+        return labels_of_step(kwargs.get("input_ids")) if labels is None else labels
 
     def _on_every_prompt(self, call: calls.Call, model: nn.Module, args: tuple, kwargs: dict):
         """`assignment="all"`: repeat the batch once per prompt; the model's own loss is then the mean over prompts."""
         kwargs = by_name(model, args, kwargs)
+        instead = "assignment='selected'" if compares_answers() else "assignment='selected' or 'uniform'"
         if kwargs.get("labels") is None:
-            raise ValueError("assignment='all' needs `labels` in the model's call: its loss is the mean over prompts")
+            raise ValueError(
+                "assignment='all' needs `labels` in the model's call: its loss is the model's own, the mean over prompts. For "
+                f"a loss that is made of the logits, use {instead}"
+            )
         if kwargs.get("fused_lm_head"):
             raise ValueError(
                 "assignment='all' trains on the model's own loss, and TRL's fused head (`fused_lm_head=True`) makes one of "
-                "its own: use assignment='selected' or 'uniform', or transformers' `Trainer`"
+                f"its own: use {instead}, or transformers' `Trainer`"
             )
         prompts = self.layer.active_bank.num_prompts
         call.batch = len(kwargs["labels"])

@@ -212,3 +212,21 @@ def test_chunked_prefill_of_a_padded_input_needs_a_mask(make):
         model.generate(input_ids=ids, past_key_values=DynamicCache(), **arguments)
     chunked = model.generate(input_ids=ids, attention_mask=mask, past_key_values=DynamicCache(), **arguments)
     assert torch.equal(chunked, model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3))
+
+
+NOTHING_IS_CHOSEN = [{"num_prompts": 1}, {"selection": "fixed", "fixed_prompt": 2}]
+
+
+@pytest.mark.parametrize("config", NOTHING_IS_CHOSEN, ids=str)
+def test_what_a_choice_needs_is_not_asked_for_where_nothing_is_chosen(make, config):
+    """In training, see `test_training_loops.py`; with adapters that transformers added, `test_adapters.py`."""
+    model = make("llama", **config)
+    ids, _ = token_batch([4, 6])
+    chunked = model.generate(
+        input_ids=ids, past_key_values=DynamicCache(), prefill_chunk_size=2, max_new_tokens=3, pad_token_id=0
+    )
+    assert torch.equal(chunked, model.generate(input_ids=ids, max_new_tokens=3, pad_token_id=0))
+    with pytest.raises(ValueError, match="`selection_layer` must be 0 on 'falcon', a model with ALiBi, got 1"):
+        make("falcon_alibi", selection_layer=1)
+    alibi = make("falcon_alibi", selection_layer=1, **config)
+    assert torch.equal(run(alibi, ids).logits, run(make("falcon_alibi", **config), ids).logits)

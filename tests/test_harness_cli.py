@@ -77,7 +77,7 @@ def save_adapter(folder: Path, base: str, config) -> str:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """A base, two adapters, questions in files and in the cache of the local tasks; no network."""
+    """A base, three adapters, questions in files and in the cache of the local tasks; no network."""
     folder, patch = tmp_path_factory.mktemp("harness"), pytest.MonkeyPatch()
     patch.setenv("IDP_CACHE", str(folder / "cache"))
     patch.setenv("HF_HUB_OFFLINE", "1")
@@ -87,6 +87,7 @@ def here(tmp_path_factory):
     tokenizer.chat_template = _TEMPLATE
     tokenizer.save_pretrained(base)
     save_adapter(folder / "adapter", base, IDPConfig(task_type="CAUSAL_LM", num_prompts=4, num_virtual_tokens=4))
+    save_adapter(folder / "one", base, IDPConfig(task_type="CAUSAL_LM", num_prompts=1, num_virtual_tokens=4))
     lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     save_adapter(folder / "lora", base, lora)
     (folder / "tasks").mkdir()
@@ -334,6 +335,7 @@ def test_stored_answers_are_refused_where_they_depend_on_more_than_their_key(her
     for _ in range(2):
         stored = by_name(here, ["tiny_mc"], {**names, "prompt_id": 1}, use_cache=str(here / "answers-1"))
         assert answers(stored["samples"]["tiny_mc"]) == answers(free["samples"]["tiny_mc"])
+    by_name(here, ["tiny_mc"], {**names, "peft": str(here / "one")}, use_cache=str(here / "answers-one"))
 
 
 def test_settings_of_the_harness_reach_the_model(here):
@@ -445,19 +447,22 @@ def test_an_adapter_of_ours_under_another_model_type_is_refused_by_the_launcher(
     assert "use --model idp" in error
 
 
-def test_other_adapters_under_other_model_types_are_left_to_the_harness(here, monkeypatch):
+@pytest.mark.parametrize("adapter", ["lora", "one"])
+def test_adapters_that_choose_nothing_are_left_to_the_harness_under_other_model_types(here, monkeypatch, adapter):
     monkeypatch.chdir(here)
     handed = []
     monkeypatch.setattr("lm_eval._cli.harness.HarnessCLI.execute", lambda _, arguments: handed.append(arguments))
     monkeypatch.setattr(
-        sys, "argv", ["lm_eval", "--model", "hf", "--model_args", "pretrained=base,peft=lora", "--tasks", "tiny_mc"]
+        sys,
+        "argv",
+        ["lm_eval", "--model", "hf", "--model_args", f"pretrained=base,peft={adapter}", "--tasks", "tiny_mc"],
     )
     from idp_peft.lm_eval import main
 
     main()
     (arguments,) = handed
     assert arguments.include_path == [str(FOLDER)]
-    assert arguments.model_args == {"pretrained": "base", "peft": "lora"}
+    assert arguments.model_args == {"pretrained": "base", "peft": adapter}
     assert arguments.tasks == ["tiny_mc"]
 
 

@@ -468,15 +468,45 @@ def test_the_functions_of_peft_work_on_an_injected_adapter():
     assert logits(base).shape == plain.shape
 
 
-def test_prompts_stay_float32_through_every_cast():
-    for dtype in (torch.float16, torch.bfloat16):
-        for autocast in (True, False):
-            model = get_peft_model(tiny("llama", dtype=dtype), config(), autocast_adapter_dtype=autocast).eval()
-            model.add_adapter("other", config(), autocast_adapter_dtype=autocast)
-            assert {bank(model, name).weight.dtype for name in ("default", "other")} == {torch.float32}
-            assert logits(model).dtype == dtype
-            assert model.generate(**INPUT, max_new_tokens=2, do_sample=False).shape == (2, 10)
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_prompts_are_float32_or_by_request_of_the_bases_dtype(tmp_path, dtype, autocast, low_cpu_mem_usage):
+    base, option = tiny("llama", dtype=dtype), {"autocast_adapter_dtype": autocast}
+    made().save_pretrained(tmp_path / "float32")
+    model = get_peft_model(base, config(), **option).eval()
+    model.add_adapter("other", config(), **option)
+    model.load_adapter(tmp_path / "float32", "loaded", **option, low_cpu_mem_usage=low_cpu_mem_usage)
+    wanted = torch.float32 if autocast else dtype
+    assert {bank(model, name).weight.dtype for name in ("default", "other", "loaded")} == {wanted}
+    (saved,) = load_file(tmp_path / "float32" / "adapter_model.safetensors").values()
+    assert torch.equal(bank(model, "loaded").weight, saved.to(wanted))
+    assert {p.dtype for n, p in model.named_parameters() if ".idp." not in n} == {dtype}
+    for name in ("default", "loaded"):
+        model.set_adapter(name)
+        assert logits(model).dtype == dtype
+        assert model.generate(**INPUT, max_new_tokens=2, do_sample=False).shape == (2, 10)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "own", selected_adapters=["loaded"])
+    again = PeftModel.from_pretrained(tiny("llama", dtype=dtype), tmp_path / "own" / "loaded", **option).eval()
+    assert bank(again).weight.dtype == wanted
+    assert torch.equal(logits(again), expected)
+    again.train().set_requires_grad("default")
+    again(**INPUT, labels=IDS.masked_fill(MASK == 0, -100)).loss.backward()
+    assert bank(again).weight.grad.dtype == wanted
+    assert bank(again).weight.grad.abs().max() > 0
+
+
+def test_prompts_that_start_in_float32_are_not_rounded_first():
+    torch.manual_seed(0)
+    model = get_peft_model(tiny("llama", dtype=torch.bfloat16), config(init="random"))
+    weight = bank(model).weight
+    assert not torch.equal(weight, weight.bfloat16().float())
+
+
+def test_prompts_of_an_injected_adapter_are_float32():
     base = inject_adapter_in_model(config(), tiny("llama", dtype=torch.bfloat16))
+    assert bank(base).weight.dtype == torch.float32
     cast_adapter_dtype(base, "default")
     assert bank(base).weight.dtype == torch.float32
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 
 import numpy as np
 import pytest
@@ -115,6 +116,120 @@ def test_metrics_line_up_with_labels_and_targets_do_not_steer(make, tmp_path, sm
     if not smoothing:
         by_batch = [mean_loss(model, rows[start : start + 3]) for start in (0, 3, 6)]
         assert scores["eval_loss"] == pytest.approx(np.average(by_batch, weights=[3, 3, 2]), abs=1e-4)
+
+
+def popped(trainer, model, inputs):
+    targets = inputs.pop("labels")
+    return model(**inputs).logits, targets
+
+
+def left_in_the_batch(trainer, model, inputs):
+    return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits, inputs["labels"]
+
+
+def by_place(trainer, model, inputs):
+    return model(inputs["input_ids"], inputs["attention_mask"]).logits, inputs["labels"]
+
+
+def in_a_dict_of_its_own(trainer, model, inputs):
+    mine = {"what to say": inputs.pop("labels"), **inputs}
+    inputs.clear()
+    rows = {name: mine[name] for name in ("input_ids", "attention_mask")}
+    return model(**rows).logits, mine["what to say"]
+
+
+def in_another_function(trainer, model, inputs):
+    targets = inputs.pop("labels")
+
+    def logits_of(rows):
+        return model(**rows).logits
+
+    return logits_of(inputs), targets
+
+
+def without_the_last_token(trainer, model, inputs):
+    rows = {name: inputs[name][:, :-1] for name in ("input_ids", "attention_mask")}
+    return model(**rows).logits, inputs["labels"][:, :-1]
+
+
+def labels_of_other_tokens(trainer, model, inputs):
+    """Called `labels` in the step's batch, they are its rows' whatever they say."""
+    labels = inputs.pop("labels")
+    inputs["labels"] = labels.where(labels == -100, 5)
+    return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits, inputs["labels"]
+
+
+WAYS = [
+    popped,
+    left_in_the_batch,
+    by_place,
+    in_a_dict_of_its_own,
+    in_another_function,
+    without_the_last_token,
+    labels_of_other_tokens,
+]
+
+
+def with_own_loss(model, folder, way):
+    """A trainer whose loss calls the model without labels, and what its forwards choose: `(input_ids, Selection)`."""
+    seen = []
+
+    class Own(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            ids = inputs["input_ids"].clone()
+            logits, labels = way(self, model, inputs)
+            seen.append((ids, model.last_selection))
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+    data = examples(8)
+    return a_trainer(model, folder, data, kind=Own, max_steps=1, per_device_train_batch_size=8, eval_dataset=data), seen
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_targets_that_an_own_loss_keeps_to_itself_do_not_steer(make, tmp_path, way):
+    model, rows = make("llama"), {tuple(row["input_ids"]): row for row in examples(8)}
+    (expected, whole), chosen = choices(model, list(rows.values())), {}
+    assert expected != whole, "else the test could not see a choice that read the targets"
+    trainer, seen = with_own_loss(model, tmp_path, way)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer.evaluate()
+        trainer.train()
+    assert sum(len(ids) for ids, _ in seen) == 16
+    for ids, selection in seen:
+        for row, prompt in zip(ids.tolist(), selection.prompt_ids.tolist(), strict=True):
+            key = next(key for key in rows if list(key) == row[: len(key)] and not any(row[len(key) :]))
+            assert prompt == expected[list(rows).index(key)]
+            chosen[key] = prompt
+    assert len(chosen) == 8
+
+
+def choices(model, rows):
+    """The prompts that contexts choose, and those that whole rows choose."""
+    lists = []
+    for masked in (True, False):
+        whole = [row | {"labels": row["labels"] if masked else row["input_ids"]} for row in rows]
+        lists.append([by_the_definition(model, row)[0] for row in whole])
+    return lists
+
+
+def targets_without_their_place(trainer, model, inputs):
+    """Shifted by one, as a loss wants them: nothing says of which tokens they are."""
+    shifted = torch.nn.functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=-100)
+    logits = model(**inputs).logits
+    return logits, torch.nn.functional.pad(shifted[:, :-1], (1, 0), value=-100)
+
+
+def test_targets_that_cannot_be_known_are_warned_of(make, tmp_path):
+    trainer, seen = with_own_loss(make("llama"), tmp_path, targets_without_their_place)
+    with pytest.warns(UserWarning, match="targets may steer the choice"):
+        trainer.train()
+    ((ids, selection),) = seen
+    model = make("llama")
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=(ids != 0).long())
+    assert torch.equal(selection.prompt_ids, model.last_selection.prompt_ids)
 
 
 def test_other_rows_that_a_prediction_step_runs_are_not_read_by_its_labels(make, tmp_path):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, get_peft_model, inject_adapter_in_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from idp_peft import IDPConfig
 from tests.reference import bank_of
 from tests.tiny import tiny, token_batch
 
@@ -222,15 +227,170 @@ def test_autocast_trains_float32_prompts(make):
     assert bank_of(model).weight.grad.abs().max() > 0
 
 
-def test_selected_needs_to_know_what_is_context(make, tmp_path):
-    model = make("llama", assignment="selected")
-    ids, _ = token_batch([9, 9])
+def chosen_by(model, **call):
+    with torch.no_grad():
+        model.eval()(**call)
+    return model.last_selection
+
+
+@pytest.mark.parametrize("config", [{}, {"selection": "random"}, {"selection_layer": 1}], ids=str)
+def test_a_loop_that_says_nothing_of_targets_chooses_by_whole_rows_and_is_told_so_once(make, config):
+    model = make("llama", **config)
+    ids, mask = token_batch([9, 6, 8, 7])
+    batch = {"input_ids": ids, "attention_mask": mask}
+    expected = chosen_by(model, **batch).prompt_ids
     model.train()
-    with pytest.raises(ValueError, match="assignment='selected' needs `labels` or `selection_mask`"):
-        model(input_ids=ids)
-    assert model(input_ids=ids, selection_mask=torch.ones_like(ids)).logits.shape == (2, 9, 97)
-    with pytest.raises(ValueError, match="Trainer's label smoothing takes the labels out of it"):
-        train(model, tmp_path, steps=1, label_smoothing_factor=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model(**batch).logits.square().mean().backward()
+            assert torch.equal(model.last_selection.prompt_ids, expected)
+    (said,) = [str(each.message) for each in caught if each.category is UserWarning]
+    assert re.search(r"targets may steer the choice.*Pass `labels`.*or `selection_mask` in the model's call", said)
+    parts = bank_of(model).weight.grad.split(bank_of(model).lengths)
+    assert {i for i, part in enumerate(parts) if part.abs().max() > 0} == set(expected.tolist())
+
+
+@pytest.mark.parametrize("say", ["labels", "selection_mask", "prompt_ids"])
+def test_a_loop_that_says_what_is_context_is_told_nothing(make, say):
+    model = make("llama").train()
+    ids, _ = token_batch([9, 9])
+    labels = ids.masked_fill(torch.arange(9) < 4, -100)
+    said = {"labels": labels, "selection_mask": labels == -100, "prompt_ids": torch.tensor([0, 1])}[say]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=ids, **{say: said}).logits.sum().backward()
+    if say != "prompt_ids":
+        chosen = model.last_selection
+        assert torch.equal(chosen.prompt_ids, chosen_by(model, input_ids=ids[:, :4]).prompt_ids)
+
+
+@pytest.mark.filterwarnings("ignore:this training step says nothing:UserWarning")
+@pytest.mark.parametrize("assignment", ["uniform", "selected"])
+def test_an_adapter_that_transformers_added_trains_in_a_plain_loop_too(assignment):
+    base = tiny("llama")  # `add_adapter` calls this function; newer versions want a PEFT that is not out
+    inject_adapter_in_model(IDPConfig(num_prompts=4, num_virtual_tokens=4, assignment=assignment), base)
+    bank = base.model.idp.idp_prompts["default"]
+    start, (ids, mask) = bank.weight.detach().clone(), token_batch([9, 6, 8, 7])
+    optimizer = torch.optim.SGD([p for p in base.parameters() if p.requires_grad], lr=0.5)
+    base.train()
+    base(input_ids=ids, attention_mask=mask).logits.square().mean().backward()
+    optimizer.step()
+    assert (bank.weight - start).abs().max() > 0
+    for key, value in tiny("llama").state_dict().items():
+        assert torch.equal(base.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("assignment", ["selected", "uniform", "all"])
+@pytest.mark.parametrize("native", [False, True])
+def test_generation_in_training_mode_chooses_as_ever(native, assignment):
+    base, config = tiny("llama"), IDPConfig(num_prompts=4, num_virtual_tokens=4, assignment=assignment)
+    torch.manual_seed(0)
+    model = base if native else get_peft_model(base, config)
+    if native:
+        inject_adapter_in_model(config, base)
+    layer, (ids, mask) = base.model.idp, token_batch([9, 6, 8, 7, 4, 5])
+    call = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 3, "do_sample": False}
+    model.eval()
+    expected, chosen = model.generate(**call), layer.last_selection.prompt_ids
+    model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert torch.equal(model.generate(**call), expected)
+    assert torch.equal(layer.last_selection.prompt_ids, chosen)
+    assert model.training
+
+
+def accumulated(model, batch):
+    for row in range(4):
+        one = {name: value[row : row + 1] for name, value in batch.items()}
+        (model(**one).loss / 4).backward()
+
+
+def two_forwards(model, batch):
+    halves = [{name: value[part] for name, value in batch.items()} for part in (slice(2), slice(2, 4))]
+    sum(model(**half).loss / 2 for half in halves).backward()
+
+
+def after_a_forward_without_gradients(model, batch):
+    with torch.no_grad():
+        model(**batch)
+    model(**batch).loss.backward()
+
+
+def after_a_generation(model, batch):
+    model.generate(input_ids=batch["input_ids"], max_new_tokens=2, do_sample=False)
+    model(**batch).loss.backward()
+
+
+def after_inference_mode(model, batch):
+    with torch.inference_mode():
+        model(**batch)
+        model.generate(input_ids=batch["input_ids"], max_new_tokens=2, do_sample=False)
+    model(**batch).loss.backward()
+
+
+def after_an_evaluation(model, batch):
+    model.eval()
+    model(**batch)
+    model.train()
+    model(**batch).loss.backward()
+
+
+def with_checkpointing(model, batch):
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(**batch).loss.backward()
+
+
+def compiled(model, batch):
+    torch.compile(model, backend="eager")(**batch).loss.backward()
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("has_labels", [True, False])
+@pytest.mark.parametrize(
+    "loop",
+    [
+        accumulated,
+        two_forwards,
+        after_a_forward_without_gradients,
+        after_a_generation,
+        after_inference_mode,
+        after_an_evaluation,
+        with_checkpointing,
+        compiled,
+    ],
+)
+@pytest.mark.filterwarnings("ignore:this training step says nothing:UserWarning")
+def test_loops_by_hand_have_the_gradient_of_one_batch(make, loop, has_labels):
+    ids, _ = token_batch([9] * 4)
+    labels = ids.masked_fill(torch.arange(9) < 5, -100)
+    batch, gradients = {"input_ids": ids, "labels": labels}, []
+
+    for run in (lambda model, batch: model(**batch).loss.backward(), loop):
+        model = make("llama").train()
+        own = model if has_labels else WithItsOwnLoss(model)
+        run(own, batch)
+        gradients.append(bank_of(model).weight.grad)
+    assert gradients[0].abs().max() > 0
+    assert torch.allclose(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+
+
+class WithItsOwnLoss(torch.nn.Module):
+    """A model that is called without the labels; they are compared with its logits."""
+
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, labels, **batch):
+        logits = self.model(**batch).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return SimpleNamespace(logits=logits, loss=loss)
+
+    def __getattr__(self, name):
+        inside = ("generate", "gradient_checkpointing_enable")
+        return getattr(self.model, name) if name in inside else super().__getattr__(name)
 
 
 def test_other_trainable_parameters_get_their_gradient_through_frozen_prompts(make):

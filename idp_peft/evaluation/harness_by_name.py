@@ -104,7 +104,8 @@ class HarnessModelByName(HarnessModel):
     # ------------------------------------------------------------------ what the harness asks of a model type
 
     def set_cache_hook(self, cache_hook) -> None:
-        if idp_layer(self.model) is not None and self.prompt_id is None:
+        layer = idp_layer(self.model)
+        if layer is not None and layer.active_config.chooses and self.prompt_id is None:
             raise ValueError(
                 "`use_cache` stores an answer by its context and continuation alone, and an IDP model's answer also depends on "
                 "the prompt that its question chose: leave it out, or force one with prompt_id"
