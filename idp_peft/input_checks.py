@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import nn
 from transformers import Cache, EncoderDecoderCache, StaticCache
