@@ -146,18 +146,22 @@ def attention_on_bank(layer, number: int, inputs: dict, real: torch.Tensor) -> t
         inputs (`dict`): as in [`select`].
         real (`torch.Tensor`): bool `[batch, n]`.
     """
-    together: dict[int | None, list[int] | slice] = {None: slice(None)}
-    if has_changing_rotary(layer.decoder):
-        together = {}
-        for row, tokens in enumerate(real.sum(-1).tolist()):
-            length = rotary_length(layer.decoder, layer.active_bank.max_length + tokens)
-            together.setdefault(length, []).append(row)
     on_prompts = torch.empty(*real.shape, layer.active_bank.num_prompts, dtype=torch.float32, device=real.device)
-    for length, rows in together.items():
+    for length, rows in _rows_by_rotary_length(layer, real).items():
         prompt_cache = layer.prompt_cache_for_choice(number, length)
         part = {name: value[rows] for name, value in inputs.items()}
         on_prompts[rows] = attention_at_layer(layer.decoder, number, prompt_cache, part, real[rows])
     return on_prompts
+
+
+def _rows_by_rotary_length(layer, real: torch.Tensor) -> dict[int | None, list[int] | slice]:
+    """Which rows have the same rotary frequencies, by the length that decides them; in most models, all have."""
+    if not has_changing_rotary(layer.decoder):
+        return {None: slice(None)}
+    found: dict[int | None, list[int]] = {}
+    for row, tokens in enumerate(real.sum(-1).tolist()):
+        found.setdefault(rotary_length(layer.decoder, layer.active_bank.max_length + tokens), []).append(row)
+    return found
 
 
 def _content(inputs: dict) -> torch.Tensor:

@@ -151,3 +151,6 @@ class ProxyOptions:
     max_body_bytes: int = _option(4194304, "Bytes that a request may have.")
     max_tokens: int | None = _option(None, "Tokens that a text may have (default: the base's positions).")
     timeout: float = _option(600.0, "Seconds that the engine may be silent.")
+    allow_origins: list[str] | None = _option(
+        None, "Origins of web pages that may call from a browser, https://chat.example.org; '*': all (default: none)."
+    )

@@ -111,6 +111,7 @@ def _proxy(options) -> None:
         max_body_bytes=options.max_body_bytes,
         max_tokens=options.max_tokens,
         timeout=options.timeout,
+        allow_origins=options.allow_origins,
     )
 
 

@@ -218,6 +218,14 @@ def test_variance_needs_balanced_orders():
         explained(np.ones((2, 3, 3)), [[0, 1, 2], [1, 0, 2]])
 
 
+def test_contexts_beyond_a_change_of_the_rotary_frequencies_are_refused(make):
+    model, ids = make("phi3_longrope", num_prompts=3, num_virtual_tokens=LENGTHS), token_batch([12] * 2)[0]
+    with pytest.raises(
+        ValueError, match=r"must leave prompts and context, .* tokens, where the model's rotary frequencies"
+    ):
+        measure(model, ids, Settings(blocks=2, block_tokens=12, context_tokens=10))
+
+
 def test_idp_chooses_alike_in_every_order_and_the_naive_view_does_not(make):
     model = make("llama", num_prompts=3, num_virtual_tokens=LENGTHS)
     contexts, orders = token_batch([8] * 20)[0], all_orders(3)

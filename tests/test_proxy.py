@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("starlette", reason="the proxy's web framework is in the extra 'serving'")
 pytest.importorskip("uvicorn", reason="the proxy's server is in the extra 'serving'")
 
+from starlette.middleware.cors import CORSMiddleware
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from idp_peft.serving import ExportedModel, Router, export_to_vocab, proxy_app
@@ -456,6 +457,116 @@ def test_many_requests_at_once_get_each_their_own_answer(serve, one):
         found = list(pool.map(ask, range(60)))
     assert [prompt for prompt, _ in found] == expected
     assert [user for _, user in found] == [str(index) for index in range(60)]
+
+
+# ---------------------------------------------------------------------- web pages
+
+PAGE, OTHER = "https://chat.example.org", "https://elsewhere.example.org"
+PREFLIGHT = {
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization,content-type,x-stainless-os",
+}
+
+
+def about_pages(response) -> dict[str, str]:
+    """The headers by which a server tells a browser what a page may do."""
+    return {name: value for name, value in response.headers.items() if name.startswith("access-control-")}
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/models"])
+@pytest.mark.parametrize(("allowed", "says"), [((PAGE,), PAGE), ((OTHER, PAGE), PAGE), (("*",), "*")])
+def test_a_browsers_preflight_is_answered_here_and_asks_no_token(serve, path, allowed, says):
+    engine = Engine()
+    proxy = serve(engine, api_key="right", allow_origins=allowed)
+    response = proxy.options(path, headers={"origin": PAGE, **PREFLIGHT})
+    assert response.status_code == 200
+    found = about_pages(response)
+    assert found["access-control-allow-origin"] == says
+    assert {"GET", "POST"} <= set(found["access-control-allow-methods"].split(", "))
+    headers = {name.strip() for name in found["access-control-allow-headers"].split(",")}
+    assert {"authorization", "content-type", "x-stainless-os"} <= headers
+    assert engine.headers == []
+
+
+ANSWERS = {
+    "an answer": ({"prompt": "w5"}, "answer", 200),
+    "a stream": ({"prompt": "w5", "stream": True}, "answer", 200),
+    "the engine's error": ({"prompt": "w5"}, "refuse", 429),
+    "a bad body": ({"prompt": ""}, "answer", 400),
+    "another model": ({"prompt": "w5", "model": "other"}, "answer", 404),
+    "a body that is too long": ({"prompt": "w5", "user": "x" * 2000}, "answer", 413),
+    "a wrong token": ({"prompt": "w5"}, "answer", 401),
+    "a bug of the proxy": ({"prompt": "w5"}, "answer", 500),
+    "an engine that is silent": ({"prompt": "w5"}, "hang", 504),
+}
+
+
+@pytest.mark.parametrize("kind", list(ANSWERS))
+def test_an_allowed_page_may_read_every_answer_and_another_page_none(serve, prompter, monkeypatch, kind):
+    body, mode, status = ANSWERS[kind]
+    engine = Engine()
+    engine.mode = mode
+    if status == 500:
+        monkeypatch.setattr(prompter, "completion", lambda body: 1 / 0)
+    proxy = serve(engine, api_key="right", allow_origins=(PAGE,), max_body=1000, timeout=0.3 if mode == "hang" else 60)
+    token = {"authorization": "Bearer wrong" if status == 401 else "Bearer right"}
+    token["connection"] = "close"  # behind a bug the server does so by itself
+    for origin in ({"origin": PAGE}, {"origin": OTHER}, {}):
+        response = proxy.post("/v1/completions", json=body, headers={**token, **origin})
+        assert response.status_code == status
+        readable = {"access-control-allow-origin": PAGE, "access-control-expose-headers": "*"}
+        assert about_pages(response) == (readable if origin == {"origin": PAGE} else {})
+
+
+@pytest.mark.parametrize("allowed", [(), (OTHER,)])
+def test_a_page_that_is_not_allowed_gets_nothing(serve, allowed):
+    engine = Engine()
+    proxy = serve(engine, allow_origins=allowed)
+    response = proxy.options("/v1/completions", headers={"origin": PAGE, **PREFLIGHT})
+    assert "OPTIONS /v1/completions" in error_of(response, 405)["message"]
+    assert about_pages(response) == {}
+    assert engine.headers == []
+    assert about_pages(proxy.get("/v1/models", headers={"origin": PAGE})) == {}
+
+
+@pytest.mark.parametrize("allowed", [(), (PAGE,)])
+def test_what_the_engine_says_about_pages_is_not_handed_on(serve, allowed):
+    """vLLM lets every page read its answers; other engines turn pages away that they do not know."""
+    engine, seen = Engine(), []
+
+    async def open_to_all(scope, receive, send):
+        seen.append({name.decode(): value.decode() for name, value in scope.get("headers", [])})
+        await CORSMiddleware(engine.app, allow_origins=["*"], allow_credentials=True)(scope, receive, send)
+
+    with Server(open_to_all) as server:
+        response = serve(server.url, allow_origins=allowed).post(
+            "/v1/completions", json={"prompt": "w5"}, headers={"origin": PAGE}
+        )
+    assert response.status_code == 200
+    assert about_pages(response).get("access-control-allow-origin") == (PAGE if allowed else None)
+    assert "access-control-allow-credentials" not in response.headers
+    assert "origin" not in seen[-1]
+
+
+def test_the_command_takes_origins_as_browsers_send_them(exported, monkeypatch, caplog):
+    import uvicorn
+
+    apps = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, **_: apps.append(app))
+    start = ["proxy", "--model", str(exported.folder), "--engine", "http://127.0.0.1:9"]
+    main(start)
+    main([*start, "--allow_origins", "https://Chat.Example.org:443", "http://localhost:3000"])
+    assert "any web page" not in caplog.text
+    main([*start, "--allow_origins", "*"])
+    assert "any web page can send requests without a bearer token" in caplog.text
+    assert not hasattr(apps[0], "allow_origins")
+    assert [app.allow_origins for app in apps[1:]] == [(PAGE, "http://localhost:3000"), ("*",)]
+
+
+@pytest.mark.parametrize("origin", [f"{PAGE}/", f"{PAGE}/chat", "chat.example.org", "", "ftp://a", "https://a b/?c"])
+def test_what_is_no_origin_is_refused(exported, origin):
+    with pytest.raises(ValueError, match=r"`allow_origins` must hold origins like https://chat\.example\.org"):
+        run_proxy(str(exported.folder), "http://127.0.0.1:9", allow_origins=[origin])
 
 
 # ---------------------------------------------------------------------- the command

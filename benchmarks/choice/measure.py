@@ -13,6 +13,7 @@ from benchmarks.choice.losses import nats_of_every_prompt
 from benchmarks.choice.orders import all_orders, balanced_orders, dependence
 from benchmarks.choice.views import idp_scores, naive_scores
 from idp_peft.choice import select
+from idp_peft.decoder import rotary_length
 from idp_peft.evaluation.prompted import idp_layer
 from idp_peft.layer import IDPLayer
 
@@ -49,7 +50,8 @@ def measure(model, blocks: torch.Tensor, settings: Settings) -> dict:
         blocks (`torch.Tensor`): int64 `[blocks, n]`.
 
     Raises:
-        `ValueError`: for a model without an IDP adapter, or whose bank has one prompt.
+        `ValueError`: for a model without an IDP adapter, or whose bank has one prompt; for contexts so long that the model
+            changes its rotary frequencies.
     """
     layer = idp_layer(model)
     if layer is None or layer.active_config.num_prompts == 1:
@@ -57,6 +59,12 @@ def measure(model, blocks: torch.Tensor, settings: Settings) -> dict:
     model.eval()
     seconds, began = {}, time.process_time()
     contexts = blocks[:, : settings.context_tokens].to(model.device)
+    longest = sum(layer.active_bank.lengths) + contexts.shape[1]
+    if rotary_length(layer.decoder, longest) is not None:
+        raise ValueError(
+            f"`context_tokens` must leave prompts and context, {longest} tokens, where the model's rotary frequencies stay as "
+            f"they are: the views of one context would differ by them too, got {contexts.shape[1]}"
+        )
     scores = scores_at_every_layer(layer.decoder, layer.prompt_cache(), contexts, "sum")
     check = _difference_from_own_choice(layer, contexts, scores)
     seconds["scores"] = time.process_time() - began

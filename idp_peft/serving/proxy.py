@@ -6,7 +6,7 @@ import contextlib
 import hmac
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 
 import anyio
@@ -15,7 +15,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
+from idp_peft.serving.browser_origins import AllowedOrigins
 from idp_peft.serving.openai_errors import RequestError
 from idp_peft.serving.prompted_request import RequestPrompter
 
@@ -28,7 +30,9 @@ logger = logging.getLogger(__name__)
 
 CHOSEN = "x-idp-prompt"  # response header: the prompt of each text
 _CONNECT_SECONDS = 5
-# What belongs to one connection, or is made anew; and what must not be handed on.
+# What belongs to one connection, or is made anew; and what must not be handed on. (The engine answers the proxy, not a
+# web page: where the page is from is no matter of its own, and neither is who may read the answer.)
+_ABOUT_PAGES = "access-control-"
 _NOT_FORWARDED = {
     "host",
     "content-length",
@@ -37,6 +41,7 @@ _NOT_FORWARDED = {
     "transfer-encoding",
     "accept-encoding",
     "expect",
+    "origin",
 }
 _NOT_RETURNED = {
     "content-length",
@@ -61,6 +66,8 @@ class ProxySettings:
             request's own is handed on.
         max_body (`int`, defaults to 4 MiB): bytes of a request.
         timeout (`float`, defaults to `600`): seconds that the engine may be silent.
+        allow_origins (`tuple[str]`, defaults to none): origins of the web pages that may call from a browser, `("*",)` for
+            all.
     """
 
     engine: str
@@ -69,9 +76,10 @@ class ProxySettings:
     engine_api_key: str | None = None
     max_body: int = 4 * 2**20
     timeout: float = 600.0
+    allow_origins: tuple[str, ...] = ()
 
 
-def proxy_app(prompter: RequestPrompter, settings: ProxySettings) -> Starlette:
+def proxy_app(prompter: RequestPrompter, settings: ProxySettings) -> ASGIApp:
     """The proxy as an ASGI application.
 
     Routes: `POST /v1/completions`, `POST /v1/chat/completions`, `GET /v1/models`, `GET /health`.
@@ -81,7 +89,7 @@ def proxy_app(prompter: RequestPrompter, settings: ProxySettings) -> Starlette:
         settings (`ProxySettings`): see there.
     """
     proxy = _Proxy(prompter, settings)
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/completions", proxy.completions, methods=["POST"]),
             Route("/v1/chat/completions", proxy.chat, methods=["POST"]),
@@ -91,6 +99,7 @@ def proxy_app(prompter: RequestPrompter, settings: ProxySettings) -> Starlette:
         lifespan=proxy.lifespan,
         exception_handlers={RequestError: _answer_error, HTTPException: _answer_http, Exception: _answer_unexpected},
     )
+    return AllowedOrigins(app, settings.allow_origins) if settings.allow_origins else app
 
 
 class _Proxy:
@@ -177,7 +186,7 @@ class _Proxy:
         return bytes(body)
 
     def _headers(self, request: Request) -> dict[str, str]:
-        headers = {name: value for name, value in request.headers.items() if name not in _NOT_FORWARDED}
+        headers = _without(_NOT_FORWARDED, request.headers)
         if self.settings.api_key is not None or self.settings.engine_api_key is not None:
             headers.pop("authorization", None)
         if self.settings.engine_api_key is not None:
@@ -206,7 +215,7 @@ class _Proxy:
     async def _ask(self, message: httpx.Request) -> Response:
         try:
             response = await self.client.send(message, stream=True)
-            headers = {name: value for name, value in response.headers.items() if name.lower() not in _NOT_RETURNED}
+            headers = _without(_NOT_RETURNED, response.headers)
             if "text/event-stream" in response.headers.get("content-type", ""):
                 return _Stream(response, headers)
             try:
@@ -237,6 +246,14 @@ class _Stream(StreamingResponse):
         finally:
             with anyio.CancelScope(shield=True):
                 await self.engine.aclose()
+
+
+def _without(names: set[str], headers: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in headers.items()
+        if name.lower() not in names and not name.lower().startswith(_ABOUT_PAGES)
+    }
 
 
 def _engine_error(error: httpx.HTTPError) -> RequestError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from idp_peft.serving.exported import ExportedModel
@@ -25,6 +27,7 @@ def run_proxy(
     max_body_bytes: int = 4 * 2**20,
     max_tokens: int | None = None,
     timeout: float = 600.0,
+    allow_origins: Sequence[str] | None = None,
 ) -> None:
     """Serve until interrupted. Bearer tokens come from `$IDP_PROXY_API_KEY` (what requests must carry) and
     `$IDP_ENGINE_API_KEY` (what the engine wants), so that they stand in no process list.
@@ -38,9 +41,11 @@ def run_proxy(
         max_body_bytes (`int`, defaults to 4 MiB): of a request.
         max_tokens (`int`, *optional*): of a text; see [`RequestPrompter`].
         timeout (`float`, defaults to `600`): seconds that the engine may be silent.
+        allow_origins (`Sequence[str]`, *optional*, defaults to none): origins of the web pages that may call from a
+            browser, `"*"` for all.
 
     Raises:
-        `ValueError`: for a folder or an address that is none.
+        `ValueError`: for a folder, an address or an origin that is none.
         `ImportError`: where starlette or uvicorn are missing.
     """
     address = urlsplit(engine)
@@ -51,6 +56,7 @@ def run_proxy(
     for name, value in (("max_body_bytes", max_body_bytes), ("max_tokens", max_tokens), ("timeout", timeout)):
         if value is not None and value <= 0:
             raise ValueError(f"`{name}` must be positive, got {value}")
+    origins = tuple(map(_origin, allow_origins or ()))
     try:
         import uvicorn
 
@@ -65,8 +71,22 @@ def run_proxy(
         os.environ.get(ENGINE_API_KEY) or None,
         max_body_bytes,
         timeout,
+        origins,
     )
     app = proxy_app(RequestPrompter(Router.from_pretrained(model), exported, max_tokens), settings)
     if settings.api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("listening on %s without a bearer token: set $%s to ask for one", host, API_KEY)
+    if settings.api_key is None and "*" in origins:
+        logger.warning("any web page can send requests without a bearer token: set $%s to ask for one", API_KEY)
     uvicorn.run(app, host=host, port=port, log_level="info", server_header=False)
+
+
+def _origin(text: str) -> str:
+    """An origin as a browser sends it: in small letters, without the scheme's usual port."""
+    text = text.lower()
+    if text != "*" and not re.fullmatch(r"https?://[^/?#@\s]+", text):
+        raise ValueError(
+            "`allow_origins` must hold origins like https://chat.example.org (a scheme, a host and perhaps a port, nothing "
+            f"behind them), or '*' for all, got {text!r}"
+        )
+    return text.removesuffix(":443" if text.startswith("https:") else ":80")
