@@ -18,6 +18,8 @@ from idp_peft.selection import (
 )
 from idp_peft.sharding import place_in_batch
 
+_INPUTS = ("input_ids", "inputs_embeds", "per_layer_inputs")
+
 
 def prompts_for(layer, kwargs: dict, real: torch.Tensor, rotary_length: int | None) -> torch.Tensor:
     """The prompt of each row of a fresh input, int64 `[batch]`; what was chosen is remembered on the layer.
@@ -34,7 +36,7 @@ def prompts_for(layer, kwargs: dict, real: torch.Tensor, rotary_length: int | No
     selection = call.chosen
     if selection is None:
         given = (slice(None, None, batch // rows), slice(call.tokens))  # without beams and drafted tokens
-        inputs = {name: kwargs[name][given] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None}
+        inputs = {name: kwargs[name][given] for name in _INPUTS if kwargs.get(name) is not None}
         selection = choose(call, inputs, real[given], rotary_length)
     if call.generating:
         call.chosen = selection

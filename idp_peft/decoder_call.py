@@ -35,6 +35,8 @@ from idp_peft.input_checks import (
     refuse_packed,
     refuse_without_own_generate,
 )
+from idp_peft.outer_model import take_back
+from idp_peft.per_layer_inputs import NAME, has_per_layer_inputs, of_input, of_prompts_beside_input
 from idp_peft.prompt_cache import check_finite
 from idp_peft.prompt_ids import CHOOSES, check_prompt_ids
 from idp_peft.prompted_cache import PromptPart, adopt, decoder_view, is_prompted
@@ -110,7 +112,7 @@ class DecoderCall:
         cache = frame.cache if frame.returns_cache else None
         if isinstance(output, tuple):
             if frame.concatenation is not None:
-                output = (output[0][:, frame.concatenation.front :], *output[1:])
+                output = (frame.concatenation.tail(output[0]), *output[1:])
             return tuple(cache if part is frame.view and part is not None else part for part in output)
         if frame.concatenation is not None:
             frame.concatenation.drop_front(output)
@@ -134,6 +136,11 @@ class DecoderCall:
             self._check_next_turn(call, part, batch)
             call.seen = True
         past = int(cache.get_seq_length())
+        if take_back(kwargs, call, cache, past) is not None:
+            raise ValueError(
+                "IDP cannot add tokens that see later ones (those of a picture) to a cache: give a model all its pictures in "
+                "the first turn, and in one piece (without `prefill_chunk_size`)"
+            )
         mask = checked_mask(kwargs, batch, past + tokens, "the cache and the input")
         check_room(decoder, past + tokens, part.positions, mask)
         if kwargs.get("position_ids") is not None:
@@ -177,9 +184,11 @@ class DecoderCall:
     def _start(self, decoder: nn.Module, kwargs: dict, cache) -> None:
         layer, bank = self.layer, self.layer.active_bank
         bank.is_new = False
+        call = calls.current_call(layer)
+        ready = take_back(kwargs, call, cache, past=0)
         mask, real = self._checked(decoder, kwargs)
         tokens = real.shape[1]
-        if (call := calls.current_call(layer)) is not None:
+        if call is not None:
             call.seen = True
         checkpointing = _is_checkpointing(decoder)
         returns_cache = _returns_cache(decoder, kwargs)
@@ -207,6 +216,7 @@ class DecoderCall:
             cache.idp_part = part
         frame = _Frame(cache, None if cache is None else decoder_view(cache), returns_cache)
 
+        prompt_slots = part.mask
         if concatenate and part.positions:
             frame.concatenation = self._concatenate(decoder, kwargs, part, real, positions, padding_first)
         else:
@@ -214,6 +224,9 @@ class DecoderCall:
                 self._put_prompts(part.prompt_ids.clamp(min=0), frame.view, length)
             kwargs["attention_mask"] = _mask_with_prompt(decoder, cache, part, mask, len(real), tokens)
             _set_positions(decoder, kwargs, positions)
+        if ready is not None:
+            prompt_slots = real.new_ones(len(real), part.positions) if prompt_slots is None else prompt_slots
+            kwargs["attention_mask"] = ready.with_prompt(decoder, prompt_slots, frame.concatenation, frame.view)
         _enter(decoder, kwargs, frame)
 
     def _checked(self, decoder: nn.Module, kwargs: dict) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -274,11 +287,32 @@ class DecoderCall:
         index = bank.token_index("right", tokens.device)[part.prompt_ids.clamp(min=0).to(tokens.device)]  # [B, K]
         prompts = tokens.to(embeds.dtype)[index].to(embeds.device)  # [B, K, d]
         slots = part.mask if part.mask is not None else real.new_ones(len(embeds), bank.max_length)
-        joined = Concatenation.build(prompts, slots, embeds, real, positions.expand(len(embeds), -1), padding_first)
+        positions = positions.expand(*positions.shape[:-2], len(embeds), -1)
+        joined = Concatenation.build(prompts, slots, embeds, real, positions, padding_first)
+        _arrange_others(decoder, kwargs, joined, prompts, ids, embeds)
         kwargs.update(inputs_embeds=joined.inputs_embeds, attention_mask=joined.attention_mask)
         _set_positions(decoder, kwargs, joined.position_ids)
         part.mask, part.covered = joined.attention_mask.bool(), embeds.shape[1]
         return joined
+
+
+def _arrange_others(decoder: nn.Module, kwargs: dict, joined: Concatenation, prompts, ids, embeds) -> None:
+    """Give a concatenated call what else the decoder takes for each token."""
+    if has_per_layer_inputs(decoder):
+        given = kwargs.pop(NAME, None)
+        given = of_input(decoder, ids, embeds) if given is None else given  # [B, n, layers, width]
+        if given is not None:
+            kwargs[NAME] = joined.arrange(of_prompts_beside_input(decoder, prompts).to(given), given)
+    others = set(forward_parameters(type(decoder))) - {NAME, "attention_mask", "position_ids"}
+    for name in others & set(kwargs):
+        value = kwargs[name]
+        if isinstance(value, torch.Tensor) and value.shape[:2] == embeds.shape[:2]:
+            if value.dtype != torch.bool:
+                raise ValueError(
+                    f"IDP cannot put a prompt in front of `{name}` {list(value.shape)} of {type(decoder).__name__}: turn off "
+                    "gradient checkpointing, and pad on the right or not at all"
+                )
+            kwargs[name] = joined.arrange(value.new_zeros(prompts.shape[:2]), value)
 
 
 def _enter(decoder: nn.Module, kwargs: dict, frame: _Frame) -> None:

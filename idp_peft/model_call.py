@@ -33,6 +33,7 @@ class ModelCall:
             return args, kwargs
         outer = calls.current_call(self.layer)
         if outer is not None and outer.generating and not own:
+            outer.given = by_name(model, args, kwargs)
             return None
         if outer is not None and not outer.generating:
             calls.forget(outer)
@@ -46,6 +47,7 @@ class ModelCall:
                     "assignment='uniform' deals a prompt to each row, and this trainer compares rows that answer the same "
                     "prompt: use assignment='selected', which gives them the same one"
                 )
+        call.given = by_name(model, args, kwargs)
         calls.begin(call)
         return args, kwargs
 

@@ -1,0 +1,64 @@
+"""What the model around a decoder makes of a call: masks and positions that must count the prompt.
+
+A causal language model hands its decoder what the caller wrote. A multimodal one may build the masks itself (Gemma 3 and 4,
+Molmo 2) and the positions (EXAONE 4.5, Fuyu, Gemma 4), for the caller's tokens alone. For text, both follow from the
+caller's 2-D mask, so the decoder gets that one and builds its own, with the prompt in them. Masks that show tokens to
+earlier ones, as within a picture, follow from nothing else: they are kept, and get room for the prompt (`ready_masks.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import StaticCache
+
+from idp_peft.call import Call
+from idp_peft.ready_masks import ReadyMasks, is_ready_made
+
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+
+
+def take_back(kwargs: dict, call: Call | None, cache, past: int) -> ReadyMasks | None:
+    """Put the caller's mask and positions back into a decoder's call, in place.
+
+    Args:
+        kwargs (`dict`): the decoder's call.
+        call (`Call`, *optional*): the model's; `None` where the decoder was called by itself.
+        cache (`transformers.Cache`, *optional*): the caller's.
+        past (`int`): tokens in it.
+
+    Returns:
+        `ReadyMasks` or `None`: the model's own masks, where they show some token a later one.
+
+    Raises:
+        `ValueError`: where they do in a form that has no room for a prompt.
+    """
+    if call is None:
+        return None
+    if call.given.get("position_ids") is None and _counts_slots(kwargs.get("position_ids"), past):
+        kwargs["position_ids"] = None
+    made, given = kwargs.get("attention_mask"), call.given.get("attention_mask")
+    if not is_ready_made(made) or is_ready_made(given):
+        return None
+    kwargs["attention_mask"] = given
+    ready = ReadyMasks(made)
+    static = isinstance(cache, StaticCache)
+    types = [call.given[name] for name in _TOKEN_TYPES if call.given.get(name) is not None]
+    if ready.are_tensors:
+        special = ready.show_later_tokens(given, past if static else None)
+    else:
+        special = any(bool(each.any()) for each in types)
+    if special and (static or not ready.are_tensors):
+        what = "a static cache" if static else "flex attention"
+        raise ValueError(
+            f"IDP cannot put a prompt into the masks of {what} where they show tokens of a picture to earlier ones: use the "
+            "default cache, and load the base model with attn_implementation='sdpa'"
+        )
+    return ready if special else None
+
+
+def _counts_slots(positions, past: int) -> bool:
+    """Whether positions only number the slots, padding included."""
+    if positions is None or positions.ndim != 2:
+        return False
+    slots = torch.arange(past, past + positions.shape[1], device=positions.device)
+    return bool((positions == slots).all())
