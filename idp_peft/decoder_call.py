@@ -25,6 +25,8 @@ from idp_peft.decoder import (
     needs_full_mask,
     replace_cache,
     rotary_length,
+    shares_keys_in_cache,
+    with_cache,
 )
 from idp_peft.input_checks import (
     check_room,
@@ -33,9 +35,10 @@ from idp_peft.input_checks import (
     refuse_cache_under_checkpointing,
     refuse_lengths_by_layer,
     refuse_packed,
+    refuse_shared_keys_without_cache,
     refuse_without_own_generate,
 )
-from idp_peft.outer_model import take_back
+from idp_peft.outer_model import is_made_by_model, take_back
 from idp_peft.per_layer_inputs import NAME, has_per_layer_inputs, of_input, of_prompts_beside_input
 from idp_peft.prompt_cache import check_finite
 from idp_peft.prompt_ids import CHOOSES, check_prompt_ids
@@ -77,12 +80,12 @@ class DecoderCall:
         cache = given_cache(kwargs)
         started = is_prompted(cache) and cache.idp_part is not None
         name = self.layer.active_name
-        if (
-            name is not None
-            and _is_checkpointing(decoder)
-            and (cache is not None or self._generates_with_cache(kwargs))
-        ):
-            refuse_cache_under_checkpointing()
+        if name is not None and _is_checkpointing(decoder):
+            if is_made_by_model(cache, calls.current_call(self.layer)):
+                kwargs, cache = with_cache(kwargs, None, cache_name(type(decoder))), None
+            if cache is not None or self._generates_with_cache(kwargs):
+                refuse_cache_under_checkpointing()
+            refuse_shared_keys_without_cache(decoder)
         if name is None:
             if started and cache.idp_part.positions:
                 cache.refuse()
@@ -210,7 +213,8 @@ class DecoderCall:
         if positions is None:
             positions = (real.long().cumsum(-1) - 1).clamp(min=0)
         positions = positions + part.shift  # [B or 1, n]
-        if (returns_cache and not checkpointing) or not concatenate or not part.positions:
+        keeps = returns_cache or shares_keys_in_cache(decoder)
+        if (keeps and not checkpointing) or not concatenate or not part.positions:
             cache = DynamicCache(config=decoder.config) if cache is None else cache
             adopt(cache)
             cache.idp_part = part

@@ -99,7 +99,8 @@ def _make_room(layer, source: torch.Tensor, settings: _Settings, cache, kwargs: 
     """
     longest = layer.active_bank.max_length
     if isinstance(cache, StaticCache) and not is_prompted(cache):
-        room = max(cache_layer.max_cache_len for cache_layer in cache.layers)  # sliding layers hold their window alone
+        # Sliding layers hold their window alone, layers that share another's keys and values hold nothing.
+        room = max(getattr(cache_layer, "max_cache_len", 0) for cache_layer in cache.layers)
         if room <= longest:
             raise ValueError(
                 f"the static cache holds {room} positions, the prompts alone take {longest}: make it longer by {longest}"

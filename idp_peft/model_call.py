@@ -8,6 +8,7 @@ from torch import nn
 from idp_peft import call as calls
 from idp_peft.decoder import by_name
 from idp_peft.host_loop import compares_answers, labels_of_prediction
+from idp_peft.outer_model import marked_as_text
 
 _OWN = ("prompt_ids", "selection_mask")
 
@@ -37,6 +38,8 @@ class ModelCall:
             return None
         if outer is not None and not outer.generating:
             calls.forget(outer)
+        if model.training:
+            args, kwargs = (), marked_as_text(model, by_name(model, args, kwargs))
         call = calls.Call(self.layer, labels=self._labels(model, args, kwargs), **own)
         if self.layer.training and "prompt_ids" not in own:
             assignment = self.layer.active_config.assignment

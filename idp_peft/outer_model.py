@@ -9,12 +9,15 @@ earlier ones, as within a picture, follow from nothing else: they are kept, and 
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers import StaticCache
 
 from idp_peft.call import Call
+from idp_peft.decoder import given_cache
 from idp_peft.ready_masks import ReadyMasks, is_ready_made
 
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+_NEEDED_TO_TRAIN = {"gemma3": "token_type_ids", "molmo2": "mm_token_type_ids"}  # Gemma 3: in transformers 5.0
 
 
 def take_back(kwargs: dict, call: Call | None, cache, past: int) -> ReadyMasks | None:
@@ -54,6 +57,28 @@ def take_back(kwargs: dict, call: Call | None, cache, past: int) -> ReadyMasks |
             "default cache, and load the base model with attn_implementation='sdpa'"
         )
     return ready if special else None
+
+
+def is_made_by_model(cache, call: Call | None) -> bool:
+    """Whether an empty cache is one that the model brought along by itself (SmolVLM), in a call that gave none."""
+    if cache is None or call is None or call.generating or given_cache(call.given) is not None:
+        return False
+    return not int(cache.get_seq_length())
+
+
+def marked_as_text(model: nn.Module, kwargs: dict) -> dict:
+    """A training call of text alone, with the token types that some models ask for then, all of them text.
+
+    Args:
+        model (`nn.Module`): the causal language model.
+        kwargs (`dict`): its call, by name.
+    """
+    name = _NEEDED_TO_TRAIN.get(model.config.model_type)
+    ids = kwargs.get("input_ids")
+    other = any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in kwargs.values())
+    if name is None or kwargs.get(name) is not None or ids is None or other:
+        return kwargs
+    return {**kwargs, name: torch.zeros_like(ids)}
 
 
 def _counts_slots(positions, past: int) -> bool:

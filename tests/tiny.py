@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import pytest
 import torch
 import transformers as tf
 
@@ -92,6 +95,86 @@ ARCHITECTURES = {
         },
     ),
 }
+_GEMMA = {**_ROPE, "head_dim": 8, "sliding_window": 16, "tie_word_embeddings": True}
+_SHARED = {  # the last two layers have no keys of their own, and every layer looks up an embedding of each token
+    **_GEMMA,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB,
+}
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+IMAGE = 1  # the token whose embedding a picture takes the place of; `token_batch` never draws it
+# Multimodal models used for text, and decoders that look up more than input embeddings. Classes by name: not every version
+# of transformers has them all.
+ARCHITECTURES |= {
+    "gemma3_multimodal": (
+        "Gemma3Config",
+        "Gemma3ForConditionalGeneration",
+        {
+            "text_config": {**_GEMMA, "query_pre_attn_scalar": 8, "layer_types": _LAYERS},
+            "vision_config": _VISION,
+            "mm_tokens_per_image": 4,
+            "image_token_index": IMAGE,
+            "boi_token_index": VOCAB,
+            "eoi_token_index": VOCAB + 1,
+        },
+    ),
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        "Gemma3nForCausalLM",
+        {**_SHARED, "laurel_rank": 8, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
+    ),
+    "gemma4": ("Gemma4TextConfig", "Gemma4ForCausalLM", {**_SHARED, "global_head_dim": 16}),
+    "gemma4_multimodal": (
+        "Gemma4Config",
+        "Gemma4ForConditionalGeneration",
+        {
+            "text_config": {**_SHARED, "global_head_dim": 16, "use_bidirectional_attention": "vision"},
+            "vision_config": {
+                **_VISION,
+                "num_key_value_heads": 4,
+                "head_dim": 8,
+                "pooling_kernel_size": 2,
+                "position_embedding_size": 16,
+            },
+            "audio_config": None,
+            "image_token_id": IMAGE,
+            "video_token_id": IMAGE,
+            "audio_token_id": IMAGE,
+        },
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VLConfig",
+        "Qwen2_5_VLForConditionalGeneration",
+        {
+            "text_config": {**_ROPE, "rope_parameters": _MROPE},
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_heads": 4,
+                "patch_size": 14,
+                "window_size": 28,
+                "out_hidden_size": 32,
+                "fullatt_block_indexes": [0],
+            },
+            "image_token_id": IMAGE,
+            "video_token_id": VOCAB,
+            "vision_start_token_id": VOCAB + 1,
+            "vision_end_token_id": VOCAB + 2,
+        },
+    ),
+}
 _LONG = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -121,7 +204,11 @@ LEARNED_POSITIONS = ("opt", "gpt2", "gpt_bigcode")
 def tiny(name: str, attention: str = "sdpa", seed: int = 0, dtype: torch.dtype = torch.float32):
     """A tiny model in evaluation mode, with weights large enough that prompts and positions matter."""
     config_class, model_class, arguments = ARCHITECTURES_AND_MORE[name]
-    config = config_class(**arguments)
+    if isinstance(model_class, str):
+        if not hasattr(tf, model_class):
+            pytest.skip(f"transformers {tf.__version__} has no {model_class}")
+        config_class, model_class = getattr(tf, config_class), getattr(tf, model_class)
+    config = config_class(**copy.deepcopy(arguments))
     if attention == "sdpa" and not model_class._supports_sdpa:
         attention = "eager"
     config._attn_implementation = attention
