@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from idp_peft import call as calls
+from idp_peft.outer_model import read_by_choice
 from idp_peft.probe import attention_at_layer
 from idp_peft.prompt_ids import AUTO, CHOOSES, check_prompt_ids
 from idp_peft.random_choice import choose_random
@@ -17,8 +18,6 @@ from idp_peft.selection import (
     scores_from_attention,
 )
 from idp_peft.sharding import place_in_batch
-
-_INPUTS = ("input_ids", "inputs_embeds", "per_layer_inputs")
 
 
 def prompts_for(layer, kwargs: dict, real: torch.Tensor, rotary_length: int | None) -> torch.Tensor:
@@ -36,7 +35,7 @@ def prompts_for(layer, kwargs: dict, real: torch.Tensor, rotary_length: int | No
     selection = call.chosen
     if selection is None:
         given = (slice(None, None, batch // rows), slice(call.tokens))  # without beams and drafted tokens
-        inputs = {name: kwargs[name][given] for name in _INPUTS if kwargs.get(name) is not None}
+        inputs = {name: value[given] for name, value in read_by_choice(kwargs, call).items()}
         selection = choose(call, inputs, real[given], rotary_length)
     if call.generating:
         call.chosen = selection
@@ -139,6 +138,7 @@ def select(
 
 def _content(inputs: dict) -> torch.Tensor:
     """An integer code of each input token, int64 `[batch, n]`: its id, or its embedding's bits."""
-    if "input_ids" in inputs:
-        return inputs["input_ids"]
+    for name in ("input_ids", "token_ids"):
+        if name in inputs:
+            return inputs[name]
     return inputs["inputs_embeds"].detach().float().contiguous().view(torch.int32).long().sum(-1)

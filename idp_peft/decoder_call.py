@@ -139,7 +139,8 @@ class DecoderCall:
             self._check_next_turn(call, part, batch)
             call.seen = True
         past = int(cache.get_seq_length())
-        if take_back(kwargs, call, cache, past) is not None:
+        take_back(kwargs, call, cache, past)
+        if call is not None and call.ready is not None:
             raise ValueError(
                 "IDP cannot add tokens that see later ones (those of a picture) to a cache: give a model all its pictures in "
                 "the first turn, and in one piece (without `prefill_chunk_size`)"
@@ -188,7 +189,7 @@ class DecoderCall:
         layer, bank = self.layer, self.layer.active_bank
         bank.is_new = False
         call = calls.current_call(layer)
-        ready = take_back(kwargs, call, cache, past=0)
+        take_back(kwargs, call, cache, past=0)
         mask, real = self._checked(decoder, kwargs)
         tokens = real.shape[1]
         if call is not None:
@@ -207,7 +208,10 @@ class DecoderCall:
         if by_layer and not layer.trains:
             layer.prompt_cache()  # every process must gather the layers for it, those too whose rows will not read it
         part = self._part(prompts_for(layer, kwargs, real, length).to(real.device))
+        ready = None if call is None else call.ready
         if not part.positions and cache is None and not returns_cache:
+            if ready is not None:
+                kwargs["attention_mask"] = ready.masks
             return  # the base model, exactly
         positions = kwargs.get("position_ids")
         if positions is None:

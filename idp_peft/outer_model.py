@@ -14,14 +14,16 @@ from transformers import StaticCache
 
 from idp_peft.call import Call
 from idp_peft.decoder import given_cache
+from idp_peft.per_layer_inputs import NAME
 from idp_peft.ready_masks import ReadyMasks, is_ready_made
 
+_DECODER_INPUTS = ("input_ids", "inputs_embeds")
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 _NEEDED_TO_TRAIN = {"gemma3": "token_type_ids", "molmo2": "mm_token_type_ids"}  # Gemma 3: in transformers 5.0
 
 
-def take_back(kwargs: dict, call: Call | None, cache, past: int) -> ReadyMasks | None:
-    """Put the caller's mask and positions back into a decoder's call, in place.
+def take_back(kwargs: dict, call: Call | None, cache, past: int) -> None:
+    """Put the caller's mask and positions back into a decoder's call, in place; masks that say more stay with the call.
 
     Args:
         kwargs (`dict`): the decoder's call.
@@ -29,19 +31,17 @@ def take_back(kwargs: dict, call: Call | None, cache, past: int) -> ReadyMasks |
         cache (`transformers.Cache`, *optional*): the caller's.
         past (`int`): tokens in it.
 
-    Returns:
-        `ReadyMasks` or `None`: the model's own masks, where they show some token a later one.
-
     Raises:
         `ValueError`: where they do in a form that has no room for a prompt.
     """
     if call is None:
-        return None
+        return
+    call.ready = None
     if call.given.get("position_ids") is None and _counts_slots(kwargs.get("position_ids"), past):
         kwargs["position_ids"] = None
     made, given = kwargs.get("attention_mask"), call.given.get("attention_mask")
     if not is_ready_made(made) or is_ready_made(given):
-        return None
+        return
     kwargs["attention_mask"] = given
     ready = ReadyMasks(made)
     static = isinstance(cache, StaticCache)
@@ -56,7 +56,25 @@ def take_back(kwargs: dict, call: Call | None, cache, past: int) -> ReadyMasks |
             f"IDP cannot put a prompt into the masks of {what} where they show tokens of a picture to earlier ones: use the "
             "default cache, and load the base model with attn_implementation='sdpa'"
         )
-    return ready if special else None
+    call.ready = ready if special else None
+
+
+def read_by_choice(kwargs: dict, call: Call) -> dict[str, torch.Tensor]:
+    """What a choice reads of a decoder's call, each `[batch, n, ...]`.
+
+    Beside `input_ids` or `inputs_embeds` (and `per_layer_inputs`) what the model around the decoder knows more of:
+    `token_ids` `[batch, n]` of embeddings, `axes` `[batch, n, axes]` of positions with several (M-RoPE), and `masks`
+    `[batch, n, kinds, n]` of pictures, whose tokens see later ones.
+    """
+    inputs = {name: kwargs[name] for name in (*_DECODER_INPUTS, NAME) if kwargs.get(name) is not None}
+    ids, positions = call.given.get("input_ids"), kwargs.get("position_ids")
+    if "inputs_embeds" in inputs and ids is not None and ids.shape == inputs["inputs_embeds"].shape[:2]:
+        inputs["token_ids"] = ids
+    if positions is not None and positions.ndim == 3:
+        inputs["axes"] = positions.movedim(0, -1)
+    if call.ready is not None:
+        inputs["masks"] = call.ready.stack()
+    return inputs
 
 
 def is_made_by_model(cache, call: Call | None) -> bool:

@@ -40,6 +40,10 @@ class ReadyMasks:
                 return True
         return False
 
+    def stack(self) -> torch.Tensor:
+        """bool `[batch, n, kinds, n]`: what each token sees in each kind of layer, the kinds in order of their names."""
+        return torch.stack([self._between_tokens(kind)[:, 0] for kind in sorted(self.by_kind, key=str)], dim=2)
+
     def with_prompt(self, decoder, prompt_slots: torch.Tensor, joined: Concatenation | None, cache):
         """The same masks over the prompt and the input.
 
@@ -54,13 +58,15 @@ class ReadyMasks:
             that keep a window.
         """
         batch, front = prompt_slots.shape
+        if not front:
+            return self.masks
         result = {}
         for kind, mask in self.by_kind.items():
-            tokens = next(each.shape[2] for each in self.by_kind.values() if each is not None)
-            causal = prompt_slots.new_ones(tokens, tokens).tril()
-            whole = prompt_slots.new_zeros(batch, 1, front + tokens, front + tokens)
-            whole[:, 0, :, :front] = self._sees_prompt(decoder, kind, prompt_slots, tokens, joined)
-            whole[..., front:, front:] = causal if mask is None else _visible(mask)
+            own = self._between_tokens(kind)  # [B, 1, n, n]
+            total = front + own.shape[-1]
+            whole = own.new_zeros(batch, 1, total, total)
+            whole[..., front:, front:] = own
+            whole[..., :front] = _sees_prompt(decoder, kind, prompt_slots, total, joined)[:, None]
             if joined is not None:
                 rows = joined.order[:, None, :, None].expand_as(whole)
                 whole = whole.gather(2, rows).gather(3, rows.transpose(2, 3))
@@ -71,18 +77,19 @@ class ReadyMasks:
             result[kind] = whole
         return result if isinstance(self.masks, dict) else result[None]
 
-    @staticmethod
-    def _sees_prompt(decoder, kind, prompt_slots: torch.Tensor, tokens: int, joined: Concatenation | None):
-        """bool `[batch, K+n, K]`: which prompt tokens each one of `[prompt ; input]` sees."""
-        batch, front = prompt_slots.shape
-        slot_of = torch.arange(front + tokens, device=prompt_slots.device).expand(batch, -1)
-        if joined is not None:
-            slot_of = joined.order.argsort(1)
-        behind = slot_of[:, :, None] - slot_of[:, None, :front]
-        seen = (behind >= 0) & (prompt_slots[:, None] | (behind == 0))  # an empty slot sees itself
-        slides = kind is None or "sliding" in kind
-        window = getattr(decoder.config, "sliding_window", None) if slides else None
-        return seen if window is None else seen & (behind < window)
+    def _between_tokens(self, kind) -> torch.Tensor:
+        """bool `[batch, 1, n, n]`: which tokens each token sees in one kind of layer."""
+        mask = self.by_kind[kind]
+        if mask is None:
+            like = next(each for each in self.by_kind.values() if each is not None)
+            return torch.ones_like(like, dtype=torch.bool).tril()
+        return _visible(mask)
+
+
+def masks_for_decoder(stacked: torch.Tensor, decoder) -> dict | torch.Tensor:
+    """What [`ReadyMasks.stack`] made, as a decoder takes it: `[batch, 1, n, n]`, or a dict with one for each kind."""
+    masks = [each[:, None] for each in stacked[..., : stacked.shape[1]].unbind(2)]
+    return masks[0] if len(masks) == 1 else dict(zip(sorted(set(decoder.config.layer_types)), masks, strict=True))
 
 
 def is_ready_made(mask) -> bool:
@@ -90,11 +97,24 @@ def is_ready_made(mask) -> bool:
     return mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2)
 
 
-def _visible(mask: torch.Tensor) -> torch.Tensor:
-    return mask if mask.dtype == torch.bool else mask >= 0
+def _sees_prompt(decoder, kind, prompt_slots: torch.Tensor, total: int, joined: Concatenation | None) -> torch.Tensor:
+    """bool `[batch, K+n, K]`: which prompt tokens each one of `[prompt ; input]` sees."""
+    batch, front = prompt_slots.shape
+    slot_of = torch.arange(total, device=prompt_slots.device).expand(batch, -1)
+    if joined is not None:
+        slot_of = joined.order.argsort(1)
+    behind = slot_of[:, :, None] - slot_of[:, None, :front]
+    seen = (behind >= 0) & (prompt_slots[:, None] | (behind == 0))  # an empty slot sees itself
+    slides = kind is None or "sliding" in kind
+    window = getattr(decoder.config, "sliding_window", None) if slides else None
+    return seen if window is None else seen & (behind < window)
 
 
 def _held(decoder, kind: str | None, cache) -> int:
     """How many slots of the prompt the layers of one kind keep."""
     layer = 0 if kind is None else decoder.config.layer_types.index(kind)
     return cache.layers[layer].keys.shape[-2]
+
+
+def _visible(mask: torch.Tensor) -> torch.Tensor:
+    return mask if mask.dtype == torch.bool else mask >= 0
