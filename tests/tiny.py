@@ -169,9 +169,9 @@ ARCHITECTURES |= {
                 "fullatt_block_indexes": [0],
             },
             "image_token_id": IMAGE,
-            "video_token_id": VOCAB,
-            "vision_start_token_id": VOCAB + 1,
-            "vision_end_token_id": VOCAB + 2,
+            "video_token_id": IMAGE,
+            "vision_start_token_id": IMAGE,
+            "vision_end_token_id": IMAGE,
         },
     ),
 }
@@ -215,9 +215,13 @@ def tiny(name: str, attention: str = "sdpa", seed: int = 0, dtype: torch.dtype =
     torch.manual_seed(seed)
     model = model_class._from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for key, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.2)
+            elif key.endswith(
+                "correct_output_scale"
+            ):  # zeros at first, and then Gemma 3n's embeddings per layer do nothing
+                parameter.fill_(1.0)
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = VOCAB  # never generated; prompt lookup of transformers 5.0 needs one
     return model.eval().to(dtype)
