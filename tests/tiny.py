@@ -169,9 +169,9 @@ ARCHITECTURES |= {
                 "fullatt_block_indexes": [0],
             },
             "image_token_id": IMAGE,
-            "video_token_id": IMAGE,
-            "vision_start_token_id": IMAGE,
-            "vision_end_token_id": IMAGE,
+            "video_token_id": VOCAB - 1,
+            "vision_start_token_id": VOCAB - 2,
+            "vision_end_token_id": VOCAB - 3,
         },
     ),
 }
