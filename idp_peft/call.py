@@ -28,6 +28,7 @@ class Call:
         tokens (`int`, *optional*): input tokens that the caller gave `generate`; drafted ones behind them never steer.
         total (`int`, *optional*): tokens that `generate` will reach at most, where nobody can go on from its cache.
         given (`dict`): the arguments of the model's running forward, by name: what its decoder gets may be the model's own.
+        of_backbone (`bool`): whether only the model without its head was called.
         ready (`ReadyMasks`, *optional*): masks that the model built for its decoder, where they say more than `given`.
         seen (`bool`): whether the decoder was reached once, so that the call's arguments are checked already.
         chosen (`Selection`, *optional*): the choice, once made.
@@ -42,6 +43,7 @@ class Call:
     tokens: int | None = None
     total: int | None = None
     given: dict = field(default_factory=dict, repr=False)
+    of_backbone: bool = False
     ready: object = field(default=None, repr=False)
     seen: bool = False
     chosen: Selection | None = None

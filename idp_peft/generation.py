@@ -79,6 +79,12 @@ class _Settings:
 
 def _choose_before_chunks(call: Call, source: torch.Tensor, kwargs: dict, settings: _Settings) -> dict:
     """The choice reads the whole input, so it is made before `prefill_chunk_size` cuts the input."""
+    media = [name for name, value in kwargs.items() if name != "inputs_embeds" and _is_media(value)]
+    if media:
+        raise ValueError(
+            f"generate(prefill_chunk_size=...) chooses a prompt before the model has read `{media[0]}`: force `prompt_ids`, or "
+            "leave `prefill_chunk_size` out"
+        )
     mask = kwargs.get("attention_mask")
     if mask is None:
         padding = settings.get("pad_token_id")
@@ -89,6 +95,11 @@ def _choose_before_chunks(call: Call, source: torch.Tensor, kwargs: dict, settin
     call.chosen = choose(call, {name: source}, mask.bool())
     call.owner.remember(call.chosen)
     return {**kwargs, "attention_mask": mask}
+
+
+def _is_media(value) -> bool:
+    """Whether an argument is a picture or a sound."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1
 
 
 def _make_room(layer, source: torch.Tensor, settings: _Settings, cache, kwargs: dict) -> dict:

@@ -40,7 +40,8 @@ def checked_mask(kwargs: dict, batch: int, slots: int, of: str) -> torch.Tensor 
         kind = f"a {mask.ndim}-D tensor" if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(
             f"IDP needs a 2-D `attention_mask` [batch, tokens], got {kind}: ready-made masks have no room for the "
-            "prompt (transformers builds one for static caches; through peft's `generate` they work)"
+            "prompt. Give the 2-D one to the model itself, not to its decoder (transformers' `generate` makes others for "
+            "static caches; through peft's they work)"
         )
     if isinstance(given_cache(kwargs), StaticCache) and mask.shape[1] > slots:
         mask = mask[:, :slots]  # BLOOM pads its mask to the static cache's length

@@ -93,7 +93,8 @@ def marked_as_text(model: nn.Module, kwargs: dict) -> dict:
     """
     name = _NEEDED_TO_TRAIN.get(model.config.model_type)
     ids = kwargs.get("input_ids")
-    other = any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in kwargs.values())
+    rest = [value for key, value in kwargs.items() if key != "attention_mask"]
+    other = any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in rest)
     if name is None or kwargs.get(name) is not None or ids is None or other:
         return kwargs
     return {**kwargs, name: torch.zeros_like(ids)}

@@ -54,9 +54,8 @@ def logits_behind(base, prompt: torch.Tensor, ids: torch.Tensor, **extra) -> tor
     decoder = find_decoder(base)
     if not looks_up_in_layers(decoder):
         whole = torch.cat([prompt, base.get_input_embeddings()(ids)], dim=1)
-        if hasattr(
-            base.model, "rope_deltas"
-        ):  # M-RoPE; transformers 5.0 reads positions off ids unless it is given some
+        if "mrope_section" in (getattr(decoder.config, "rope_parameters", None) or {}):
+            # Without positions, transformers 5.0 wants to read them off ids.
             extra.setdefault("position_ids", torch.arange(whole.shape[1])[None])
             extra["position_ids"] = extra["position_ids"].expand(3, 1, -1)
         return base(inputs_embeds=whole, use_cache=False, **extra).logits[:, front:]
@@ -75,23 +74,37 @@ def looks_up_in_layers(decoder) -> bool:
     return bool(getattr(decoder.config, "hidden_size_per_layer_input", 0))
 
 
-def brute_force_scores(model, base_eager, ids, mask, context, layer: int, reduction: str) -> torch.Tensor:
+def brute_force_scores(
+    model, base_eager, ids, mask, context, layer: int, reduction: str, of_decoder=None
+) -> torch.Tensor:
     """Promise 3's right-hand side: all prompts before the input in one pass of the plain eager model, under an explicit
-    block mask, read from the attention weights the model itself reports. Rows one by one, unpadded: `[rows, M]`."""
+    block mask, read from the attention weights the model itself reports. Rows one by one, unpadded: `[rows, M]`.
+
+    `of_decoder` is what the model gives its decoder for one unpadded row with pictures: embeddings and masks by kind.
+    """
     return torch.stack(
         [
-            _row_scores(model, base_eager, ids[row][mask[row].bool()], context[row][mask[row].bool()], layer, reduction)
+            _row_scores(
+                model,
+                base_eager,
+                ids[row][mask[row].bool()],
+                context[row][mask[row].bool()],
+                layer,
+                reduction,
+                of_decoder,
+            )
             for row in range(len(ids))
         ]
     )
 
 
 @torch.no_grad()
-def _row_scores(model, base, ids, context, layer, reduction):
+def _row_scores(model, base, ids, context, layer, reduction, of_decoder=None):
     prompts = prompts_of(model)
     lengths = [len(p) for p in prompts]
     longest, total, n = max(lengths), sum(lengths), len(ids)
-    embeds = torch.cat([*prompts, base.get_input_embeddings()(ids[None])[0]])[None]
+    own = base.get_input_embeddings()(ids[None])[0] if of_decoder is None else of_decoder["inputs_embeds"][0]
+    embeds = torch.cat([*prompts, own])[None]
     owner = torch.cat([torch.full((k,), i) for i, k in enumerate(lengths)] + [torch.full((n,), -1)])
     positions = torch.cat([torch.arange(longest - k, longest) for k in lengths] + [torch.arange(longest, longest + n)])
     slots = torch.arange(total + n)
@@ -118,6 +131,10 @@ def _row_scores(model, base, ids, context, layer, reduction):
         slopes = _bloom_slopes(config.n_head)
         alibi = (slopes[:, None] * positions)[:, None]  # [heads, 1, keys]
         decoder.build_alibi_tensor = lambda *_, **__: alibi
+    if of_decoder is not None:
+        for kind, mask in attention_mask.items():
+            mask[..., total:, total:] = of_decoder["attention_mask"][kind]
+        ids = torch.where(ids == 1, 0, ids)  # of a picture, the padding token's part is looked up
     if looks_up_in_layers(decoder):
         looked_up = decoder.get_per_layer_inputs(torch.cat([torch.zeros(total, dtype=torch.long), ids])[None])
         if config.model_type == "gemma3n_text":  # (projected + looked_up) / sqrt(2) must be `projected` for a prompt

@@ -74,7 +74,10 @@ def test_generation_of_a_left_padded_batch_equals_each_row_alone(make, name, bea
         assert torch.equal(together[row, 9:], alone[0, -8:])
 
 
-@pytest.mark.parametrize("name", ["mistral_small_window", "gemma2", "gemma3", "mpt"])
+@pytest.mark.parametrize(
+    "name",
+    ["mistral_small_window", "gemma2", "gemma3", "mpt", "gemma3_multimodal", "gemma3n", "gemma4", "gemma4_multimodal"],
+)
 def test_padding_takes_no_room_in_a_sliding_window_or_a_bias(make, name):
     """Far past the window, every step's scores are those of the row alone."""
     model = make(name, num_virtual_tokens=UNEQUAL)

@@ -114,6 +114,20 @@ _VISION = {
 }
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 IMAGE = 1  # the token whose embedding a picture takes the place of; `token_batch` never draws it
+_QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 4,
+    "patch_size": 14,
+    "out_hidden_size": 32,
+}
+_QWEN_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VOCAB - 1,
+    "vision_start_token_id": VOCAB - 2,
+    "vision_end_token_id": VOCAB - 3,
+}
 # Multimodal models used for text, and decoders that look up more than input embeddings. Classes by name: not every version
 # of transformers has them all.
 ARCHITECTURES |= {
@@ -158,20 +172,107 @@ ARCHITECTURES |= {
         "Qwen2_5_VLForConditionalGeneration",
         {
             "text_config": {**_ROPE, "rope_parameters": _MROPE},
-            "vision_config": {
-                "depth": 1,
+            "vision_config": {**_QWEN_VISION, "window_size": 28, "fullatt_block_indexes": [0]},
+            **_QWEN_TOKENS,
+        },
+    ),
+}
+_SIGLIP = {**_VISION, "model_type": "siglip_vision_model"}
+_CLIP = {**_VISION, "model_type": "clip_vision_model"}
+# More of them, for what the model around a decoder does to a call: masks, positions, caches and inputs that it makes itself.
+AROUND_A_DECODER = {
+    "gemma4_unified": (  # masks and positions
+        "Gemma4UnifiedConfig",
+        "Gemma4UnifiedForConditionalGeneration",
+        {
+            "text_config": {**_GEMMA, "num_hidden_layers": 2, "layer_types": _LAYERS[:2], "global_head_dim": 16},
+            "image_token_id": IMAGE,
+            "video_token_id": IMAGE,
+            "audio_token_id": IMAGE,
+        },
+    ),
+    "molmo2": (  # one mask for all layers; token types are wanted in training
+        "Molmo2Config",
+        "Molmo2ForConditionalGeneration",
+        {
+            "text_config": {**_ROPE, "head_dim": 8, "additional_vocab_size": 4},
+            "vision_config": {**_VISION, "image_size": [28, 28], "num_key_value_heads": 4, "head_dim": 8},
+            "adapter_config": {
                 "hidden_size": 32,
                 "intermediate_size": 48,
-                "num_heads": 4,
-                "patch_size": 14,
+                "text_hidden_size": 32,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                "head_dim": 8,
+                "vision_feature_layer": [0],
+            },
+            "image_patch_id": IMAGE,
+        },
+    ),
+    "exaone4_5": (  # positions that count padding, in generation too
+        "Exaone4_5_Config",
+        "Exaone4_5_ForConditionalGeneration",
+        {
+            "text_config": {
+                **_ROPE,
+                "model_type": "exaone4",
+                "head_dim": 8,
+                "sliding_window": 16,
+                "layer_types": _LAYERS,
+            },
+            "vision_config": {
+                **_QWEN_VISION,
+                "num_key_value_heads": 2,
                 "window_size": 28,
-                "out_hidden_size": 32,
                 "fullatt_block_indexes": [0],
             },
+        },
+    ),
+    "fuyu": (  # positions that count padding
+        "FuyuConfig",
+        "FuyuForCausalLM",
+        {**_MHA, "text_config": {**_MHA, "model_type": "persimmon"}, "patch_size": 4, "image_token_id": IMAGE},
+    ),
+    "smolvlm": (  # a cache, also where training drops it
+        "SmolVLMConfig",
+        "SmolVLMForConditionalGeneration",
+        {
+            "text_config": {**_ROPE, "model_type": "llama"},
+            "vision_config": _VISION,
+            "scale_factor": 2,
             "image_token_id": IMAGE,
-            "video_token_id": VOCAB - 1,
-            "vision_start_token_id": VOCAB - 2,
-            "vision_end_token_id": VOCAB - 3,
+            "pad_token_id": 0,
+        },
+    ),
+    "llava": (  # nothing but embeddings
+        "LlavaConfig",
+        "LlavaForConditionalGeneration",
+        {
+            "text_config": {**_ROPE, "model_type": "llama"},
+            "vision_config": _CLIP,
+            "image_token_index": IMAGE,
+            "vision_feature_layer": -1,
+        },
+    ),
+    "qwen3_vl": (  # features of a picture that go into later layers
+        "Qwen3VLConfig",
+        "Qwen3VLForConditionalGeneration",
+        {
+            "text_config": {**_ROPE, "head_dim": 8, "rope_parameters": _MROPE},
+            "vision_config": {**_QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+            **_QWEN_TOKENS,
+        },
+    ),
+}
+PREFIX = {  # attends in both directions over a picture and the question about it
+    "paligemma": (
+        "PaliGemmaConfig",
+        "PaliGemmaForConditionalGeneration",
+        {
+            "text_config": {**_ROPE, "model_type": "gemma", "head_dim": 8},
+            "vision_config": _SIGLIP,
+            "projection_dim": 32,
+            "image_token_index": IMAGE,
         },
     ),
 }
@@ -196,7 +297,7 @@ CHANGING_ROTARY = {
         {**_ROPE, "max_position_embeddings": 12, "rope_parameters": _DYNAMIC},
     ),
 }
-ARCHITECTURES_AND_MORE = {**ARCHITECTURES, **CHANGING_ROTARY}
+ARCHITECTURES_AND_MORE = {**ARCHITECTURES, **CHANGING_ROTARY, **AROUND_A_DECODER, **PREFIX}
 NAMES = list(ARCHITECTURES)
 LEARNED_POSITIONS = ("opt", "gpt2", "gpt_bigcode")
 
