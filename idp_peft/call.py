@@ -27,6 +27,9 @@ class Call:
         batch (`int`, *optional*): rows that the caller gave, before `generate` multiplies them for beams.
         tokens (`int`, *optional*): input tokens that the caller gave `generate`; drafted ones behind them never steer.
         total (`int`, *optional*): tokens that `generate` will reach at most, where nobody can go on from its cache.
+        given (`dict`): the arguments of the model's running forward, by name: what its decoder gets may be the model's own.
+        of_backbone (`bool`): whether only the model without its head was called.
+        ready (`ReadyMasks`, *optional*): masks that the model built for its decoder, where they say more than `given`.
         seen (`bool`): whether the decoder was reached once, so that the call's arguments are checked already.
         chosen (`Selection`, *optional*): the choice, once made.
     """
@@ -39,6 +42,9 @@ class Call:
     batch: int | None = None
     tokens: int | None = None
     total: int | None = None
+    given: dict = field(default_factory=dict, repr=False)
+    of_backbone: bool = False
+    ready: object = field(default=None, repr=False)
     seen: bool = False
     chosen: Selection | None = None
     token: Token | None = field(default=None, repr=False)

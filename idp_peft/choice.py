@@ -10,6 +10,7 @@ from idp_peft import call as calls
 from idp_peft.decoder import has_changing_rotary, rotary_length
 from idp_peft.host_loop import in_training, labels_of_step
 from idp_peft.input_checks import real_tokens
+from idp_peft.outer_model import read_by_choice
 from idp_peft.probe import attention_at_layer
 from idp_peft.prompt_ids import AUTO, CHOOSES, check_prompt_ids
 from idp_peft.random_choice import choose_random
@@ -36,7 +37,7 @@ def prompts_for(layer, kwargs: dict, real: torch.Tensor) -> torch.Tensor:
     selection = call.chosen
     if selection is None:
         given = (slice(None, None, batch // rows), slice(call.tokens))  # without beams and drafted tokens
-        inputs = {name: kwargs[name][given] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None}
+        inputs = {name: value[given] for name, value in read_by_choice(kwargs, call).items()}
         selection = choose(call, inputs, real[given])
     if call.generating:
         call.chosen = selection
@@ -166,6 +167,7 @@ def _rows_by_rotary_length(layer, real: torch.Tensor) -> dict[int | None, list[i
 
 def _content(inputs: dict) -> torch.Tensor:
     """An integer code of each input token, int64 `[batch, n]`: its id, or its embedding's bits."""
-    if "input_ids" in inputs:
-        return inputs["input_ids"]
+    for name in ("input_ids", "token_ids"):
+        if name in inputs:
+            return inputs[name]
     return inputs["inputs_embeds"].detach().float().contiguous().view(torch.int32).long().sum(-1)

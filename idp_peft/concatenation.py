@@ -18,13 +18,15 @@ class Concatenation:
     Args:
         inputs_embeds (`torch.Tensor`): `[batch, K+n, d]`.
         attention_mask (`torch.Tensor`): int64 `[batch, K+n]`.
-        position_ids (`torch.Tensor`): int64 `[batch, K+n]`.
+        position_ids (`torch.Tensor`): int64 `[batch, K+n]`, or `[axes, batch, K+n]` where positions have several axes.
+        order (`torch.Tensor`): int64 `[batch, K+n]`, what stands in each slot, counted in `[prompt ; padding ; tokens]`.
         front (`int`): K, the slots in front of the caller's n.
     """
 
     inputs_embeds: torch.Tensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
+    order: torch.Tensor
     front: int
 
     @classmethod
@@ -36,7 +38,7 @@ class Concatenation:
             prompt_mask (`torch.Tensor`): bool `[batch, K]`.
             embeds (`torch.Tensor`): `[batch, n, d]`.
             real (`torch.Tensor`): bool `[batch, n]`, the attention mask.
-            position_ids (`torch.Tensor`): int64 `[batch, n]`, prompts counted in.
+            position_ids (`torch.Tensor`): int64 `[batch, n]` or `[axes, batch, n]`, prompts counted in.
             padding_first (`bool`): whether left padding goes before the prompt, so that no slot stands between the
                 prompt and the first token. Otherwise the layout is the prompt cache's.
         """
@@ -47,35 +49,42 @@ class Concatenation:
         order = torch.where(
             slots < padding, slots + front, torch.where(slots < padding + front, slots - padding, slots)
         )
-        prompt_positions = torch.arange(front, device=embeds.device).expand(len(embeds), -1)
-
-        def arrange(prompt_part: torch.Tensor, input_part: torch.Tensor) -> torch.Tensor:
-            both = torch.cat([prompt_part, input_part], dim=1)
-            index = order if both.ndim == 2 else order[..., None].expand(-1, -1, both.shape[2])
-            return both.gather(1, index)
-
+        prompt_positions = torch.arange(front, device=embeds.device).expand(*position_ids.shape[:-1], -1)
+        both = torch.cat([prompt_positions, position_ids], dim=-1)  # [(axes,) B, K+n]
         return cls(
-            inputs_embeds=arrange(prompts, embeds),
-            attention_mask=arrange(prompt_mask.long(), real.long()),
-            position_ids=arrange(prompt_positions, position_ids),
+            inputs_embeds=arrange(order, prompts, embeds),
+            attention_mask=arrange(order, prompt_mask.long(), real.long()),
+            position_ids=both.gather(-1, order.expand_as(both)),
+            order=order,
             front=front,
         )
 
+    def arrange(self, prompt_part: torch.Tensor, input_part: torch.Tensor) -> torch.Tensor:
+        """Something else that stands beside each token: `[batch, K, ...]` and `[batch, n, ...]` become `[batch, K+n, ...]`."""
+        return arrange(self.order, prompt_part, input_part)
 
-def drop_front(outputs, front: int) -> None:
-    """Cut a decoder's outputs, in place, to the positions behind the first `front`.
 
-    Attention maps keep the columns of these positions, as they keep the prompt's when it comes from the cache.
+def arrange(order: torch.Tensor, prompt_part: torch.Tensor, input_part: torch.Tensor) -> torch.Tensor:
+    """`[batch, K, ...]` and `[batch, n, ...]`, slot by slot: `[batch, K+n, ...]`."""
+    both = torch.cat([prompt_part, input_part], dim=1)
+    return both.gather(1, order.view(*order.shape, *[1] * (both.ndim - 2)).expand_as(both))
+
+
+def keep_last(outputs, tokens: int) -> None:
+    """Cut a decoder's outputs, in place, to their last `tokens` positions; where there are fewer (Gemma 4 cuts to
+    `logits_to_keep` itself), nothing is cut.
+
+    Attention maps keep all columns, as they do when the prompt comes from the cache.
     """
     rows = len(outputs.last_hidden_state)
-    outputs["last_hidden_state"] = outputs.last_hidden_state[:, front:]
+    outputs["last_hidden_state"] = outputs.last_hidden_state[:, -tokens:]
     if getattr(outputs, "hidden_states", None) is not None:
-        outputs["hidden_states"] = tuple(states[:, front:] for states in outputs.hidden_states)
+        outputs["hidden_states"] = tuple(states[:, -tokens:] for states in outputs.hidden_states)
     if getattr(outputs, "attentions", None) is not None:
         outputs["attentions"] = tuple(
-            None if weights is None else weights[:, :, front:] for weights in outputs.attentions
+            None if weights is None else weights[:, :, -tokens:] for weights in outputs.attentions
         )
     if getattr(outputs, "router_logits", None) is not None:  # per layer [batch * slots, experts]
         outputs["router_logits"] = tuple(
-            logits.view(rows, -1, logits.shape[-1])[:, front:].flatten(0, 1) for logits in outputs.router_logits
+            logits.view(rows, -1, logits.shape[-1])[:, -tokens:].flatten(0, 1) for logits in outputs.router_logits
         )

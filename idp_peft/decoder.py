@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from idp_peft.sharding import gathers, whole_shape
@@ -15,6 +15,8 @@ from idp_peft.sharding import gathers, whole_shape
 _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _POSITION_TABLES = ("wpe", "embed_positions")
 _CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument, and takes the old name too
+_PLAIN_CACHES = (DynamicLayer, DynamicSlidingWindowLayer)
+_NO_CACHE = getattr(cache_utils, "DummyLayer", DynamicLayer)  # of a layer that reads the keys and values of another
 _BIDIRECTIONAL = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "megatron-bert")
 
 
@@ -42,6 +44,11 @@ def find_decoder(model: nn.Module) -> nn.Module:
     if blocks is None or without is not None:
         where = "" if without is None else f" in layer {without}"
         raise ValueError(f"IDP needs attention in every layer of the decoder: found none{where} of {name}")
+    if not all(getattr(getattr(block, find_attention(block)), "is_causal", True) for block in blocks[1]):
+        raise ValueError(
+            f"IDP needs causal attention: {name} attends in both directions over its input, so the keys and values of a "
+            "prompt would depend on the input behind it"
+        )
     _refuse_unknown_caches(decoder, name)
     return decoder
 
@@ -59,7 +66,7 @@ def _refuse_unknown_caches(decoder: nn.Module, name: str) -> None:
             "could not be right"
         )
     for layer, cache_layer in enumerate(DynamicCache(config=decoder.config).layers):
-        if type(cache_layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        if type(cache_layer) not in (*_PLAIN_CACHES, _NO_CACHE):
             raise ValueError(
                 f"IDP needs plain or sliding attention in every layer of the decoder: layer {layer} of {name} keeps a "
                 f"{type(cache_layer).__name__}"
@@ -170,6 +177,13 @@ def needs_full_mask(decoder: nn.Module) -> bool:
     """Whether the decoder must be given a mask even where nothing is masked: the mask code of some transformers 5.0
     models (StableLM) counts a slot too many behind a filled cache unless a mask says how many there are."""
     return hasattr(decoder, "_update_causal_mask")
+
+
+def shares_keys_in_cache(decoder: nn.Module) -> bool:
+    """Whether layers that share another's keys and values find them in the cache alone, and compute others without one
+    (Gemma 3n in transformers 5.0)."""
+    attention = (getattr(block, find_attention(block)) for block in find_blocks(decoder)[1])
+    return any(getattr(each, "is_kv_shared_layer", False) and hasattr(each, "k_proj") for each in attention)
 
 
 def rotary_length(decoder: nn.Module, tokens: int) -> int | None:

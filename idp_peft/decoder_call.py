@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 from idp_peft import call as calls
 from idp_peft.choice import prompts_for
-from idp_peft.concatenation import Concatenation, drop_front
+from idp_peft.concatenation import Concatenation, keep_last
 from idp_peft.decoder import (
     by_name,
     cache_name,
@@ -26,6 +26,8 @@ from idp_peft.decoder import (
     reads_again,
     replace_cache,
     rotary_length,
+    shares_keys_in_cache,
+    with_cache,
 )
 from idp_peft.host_loop import frames_of_generate
 from idp_peft.input_checks import (
@@ -37,8 +39,11 @@ from idp_peft.input_checks import (
     refuse_lengths_by_layer,
     refuse_lost_cache,
     refuse_packed,
+    refuse_shared_keys_without_cache,
     refuse_without_own_generate,
 )
+from idp_peft.outer_model import is_made_by_model, take_back
+from idp_peft.per_layer_inputs import NAME, has_per_layer_inputs, of_input, of_prompts_beside_input
 from idp_peft.prompt_cache import check_finite
 from idp_peft.prompt_ids import CHOOSES, check_prompt_ids
 from idp_peft.prompted_cache import PromptPart, adopt, decoder_view, is_prompted, stores_exactly
@@ -53,7 +58,7 @@ class _Frame:
     cache: object = None  # the caller's cache, which counts input positions
     view: object = None  # what the decoder worked on
     returns_cache: bool = True
-    front: int = 0  # positions that the decoder ran in front of the caller's n
+    keep: int = 0  # the caller's positions, where the decoder ran others in front of them
 
 
 _frames: ContextVar[_Frame | None] = ContextVar("idp_frame", default=None)
@@ -81,12 +86,12 @@ class DecoderCall:
         name = self.layer.active_name
         if name is not None:
             refuse_foreign_cache(cache)
-        if (
-            name is not None
-            and _is_checkpointing(decoder)
-            and (cache is not None or self._generates_with_cache(kwargs))
-        ):
-            refuse_cache_under_checkpointing()
+        if name is not None and _is_checkpointing(decoder):
+            if is_made_by_model(cache, calls.current_call(self.layer)):
+                kwargs, cache = with_cache(kwargs, None, cache_name(type(decoder))), None
+            if cache is not None or self._generates_with_cache(kwargs):
+                refuse_cache_under_checkpointing()
+            refuse_shared_keys_without_cache(decoder)
         if name is None:
             if started and cache.idp_part.positions:
                 cache.refuse()
@@ -115,10 +120,11 @@ class DecoderCall:
             return None
         cache = frame.cache if frame.returns_cache else None
         if isinstance(output, tuple):
-            output = (output[0][:, frame.front :], *output[1:])
+            if frame.keep:
+                output = (output[0][:, -frame.keep :], *output[1:])
             return tuple(cache if part is frame.view and part is not None else part for part in output)
-        if frame.front:
-            drop_front(output, frame.front)
+        if frame.keep:
+            keep_last(output, frame.keep)
         replace_cache(output, cache)
         return output
 
@@ -139,10 +145,16 @@ class DecoderCall:
             self._check_next_turn(call, part, batch)
             call.seen = True
         past = int(cache.get_seq_length())
+        take_back(kwargs, call, cache, past)
+        if call is not None and call.ready is not None:
+            raise ValueError(
+                "IDP cannot add tokens that see later ones (those of a picture) to a cache: give a model all its pictures in "
+                "the first turn, and in one piece (without `prefill_chunk_size`)"
+            )
         if part.read is not None:
             part.read = None if inputs.is_floating_point() else torch.cat([part.read, inputs], dim=1)
             if part.read is not None and self._must_read_again(decoder, part, past):
-                return self._read_again(decoder, kwargs, cache, past)
+                return self._read_again(decoder, kwargs, cache, tokens)
         mask = checked_mask(kwargs, batch, past + tokens, "the cache and the input")
         check_room(decoder, past + tokens, part.positions, mask)
         if kwargs.get("position_ids") is not None:
@@ -164,14 +176,14 @@ class DecoderCall:
         call = calls.current_call(self.layer)
         return (call is not None and call.generating) or bool(frames_of_generate(self.layer.model))
 
-    def _read_again(self, decoder: nn.Module, kwargs: dict, cache, past: int) -> None:
+    def _read_again(self, decoder: nn.Module, kwargs: dict, cache, tokens: int) -> None:
         part: PromptPart = cache.idp_part
         cache.reset()
         if int(cache.get_seq_length()):  # transformers 5.0 fills it with zeros instead
             cache.layers = DynamicCache(config=decoder.config).layers
         kwargs |= {"input_ids": part.read, "position_ids": None}
         self._start(decoder, kwargs, cache, kept=part.prompt_ids)
-        _frames.get().front += past
+        _frames.get().keep = tokens
 
     def _check_next_turn(self, call: calls.Call, part: PromptPart, batch: int) -> None:
         """A choice is kept for every turn: what a call asks for must be what its cache was started with."""
@@ -208,11 +220,13 @@ class DecoderCall:
         """
         layer, bank = self.layer, self.layer.active_bank
         bank.is_new = False
+        call = calls.current_call(layer)
         if kept is None:
             refuse_without_own_generate(layer, kwargs)
+        take_back(kwargs, call, cache, past=0)
         mask, real = self._checked(decoder, kwargs)
         tokens = real.shape[1]
-        if (call := calls.current_call(layer)) is not None:
+        if call is not None:
             call.seen = True
         checkpointing = _is_checkpointing(decoder)
         returns_cache = _returns_cache(decoder, kwargs)
@@ -228,26 +242,35 @@ class DecoderCall:
         part = self._part((prompts_for(layer, kwargs, real) if kept is None else kept).to(real.device))
         if has_changing_rotary(decoder) and reads_again(layer.model):
             part.read = kwargs.get("input_ids")
+        ready = None if call is None else call.ready
         if not part.positions and cache is None and not returns_cache:
+            if ready is not None:
+                kwargs["attention_mask"] = ready.masks
             return  # the base model, exactly
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = (real.long().cumsum(-1) - 1).clamp(min=0)
         positions = positions + part.shift  # [B or 1, n]
-        if (returns_cache and not checkpointing) or not concatenate or not part.positions:
+        keeps = returns_cache or shares_keys_in_cache(decoder)
+        if (keeps and not checkpointing) or not concatenate or not part.positions:
             cache = DynamicCache(config=decoder.config) if cache is None else cache
             adopt(cache)
             cache.idp_part = part
         frame = _Frame(cache, None if cache is None else decoder_view(cache), returns_cache)
 
+        prompt_slots, joined = part.mask, None
         if concatenate and part.positions:
-            frame.front = self._concatenate(decoder, kwargs, part, real, positions, padding_first)
+            joined = self._concatenate(decoder, kwargs, part, real, positions, padding_first)
+            frame.keep = tokens
         else:
             if part.positions:
                 length = rotary_length(decoder, int(positions.max()) + 1) if has_changing_rotary(decoder) else None
                 self._put_prompts(part.prompt_ids.clamp(min=0), frame.view, length)
             kwargs["attention_mask"] = _mask_with_prompt(decoder, cache, part, mask, len(real), tokens)
             _set_positions(decoder, kwargs, positions)
+        if ready is not None:
+            prompt_slots = real.new_ones(len(real), part.positions) if prompt_slots is None else prompt_slots
+            kwargs["attention_mask"] = ready.with_prompt(decoder, prompt_slots, joined, frame.view)
         _enter(decoder, kwargs, frame)
 
     def _checked(self, decoder: nn.Module, kwargs: dict) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -298,8 +321,8 @@ class DecoderCall:
         used, rows = prompt_ids.unique(return_inverse=True)
         self.layer.prompt_cache_with_graph(used, rotary_length).put_rows(rows, cache)
 
-    def _concatenate(self, decoder, kwargs: dict, part: PromptPart, real, positions, padding_first) -> int:
-        """Prepend embeddings, so that the decoder computes the prompt with the input; how many positions they take."""
+    def _concatenate(self, decoder, kwargs: dict, part: PromptPart, real, positions, padding_first) -> Concatenation:
+        """Prepend embeddings; the decoder computes the prompt with the input."""
         bank = self.layer.active_bank
         embeds, ids = kwargs.pop("inputs_embeds", None), kwargs.pop("input_ids", None)
         embeds = self.layer.get_base_layer()(ids) if embeds is None else embeds
@@ -308,11 +331,32 @@ class DecoderCall:
         index = bank.token_index("right", tokens.device)[part.prompt_ids.clamp(min=0).to(tokens.device)]  # [B, K]
         prompts = tokens.to(embeds.dtype)[index].to(embeds.device)  # [B, K, d]
         slots = part.mask if part.mask is not None else real.new_ones(len(embeds), bank.max_length)
-        joined = Concatenation.build(prompts, slots, embeds, real, positions.expand(len(embeds), -1), padding_first)
+        positions = positions.expand(*positions.shape[:-2], len(embeds), -1)
+        joined = Concatenation.build(prompts, slots, embeds, real, positions, padding_first)
+        _arrange_others(decoder, kwargs, joined, prompts, ids, embeds)
         kwargs.update(inputs_embeds=joined.inputs_embeds, attention_mask=joined.attention_mask)
         _set_positions(decoder, kwargs, joined.position_ids)
         part.mask, part.covered = joined.attention_mask.bool(), embeds.shape[1]
-        return joined.front
+        return joined
+
+
+def _arrange_others(decoder: nn.Module, kwargs: dict, joined: Concatenation, prompts, ids, embeds) -> None:
+    """Give a concatenated call what else the decoder takes for each token."""
+    if has_per_layer_inputs(decoder):
+        given = kwargs.pop(NAME, None)
+        given = of_input(decoder, ids, embeds) if given is None else given  # [B, n, layers, width]
+        if given is not None:
+            kwargs[NAME] = joined.arrange(of_prompts_beside_input(decoder, prompts).to(given), given)
+    others = set(forward_parameters(type(decoder))) - {NAME, "attention_mask", "position_ids"}
+    for name in others & set(kwargs):
+        value = kwargs[name]
+        if isinstance(value, torch.Tensor) and value.shape[:2] == embeds.shape[:2]:
+            if value.dtype != torch.bool:
+                raise ValueError(
+                    f"IDP cannot put a prompt in front of `{name}` {list(value.shape)} of {type(decoder).__name__}: turn off "
+                    "gradient checkpointing, and pad on the right or not at all"
+                )
+            kwargs[name] = joined.arrange(value.new_zeros(prompts.shape[:2]), value)
 
 
 def _enter(decoder: nn.Module, kwargs: dict, frame: _Frame) -> None:

@@ -91,6 +91,12 @@ class _Settings:
 
 def _choose_before_chunks(call: Call, source: torch.Tensor, kwargs: dict, settings: _Settings) -> dict:
     """The choice reads the whole input, so it is made before `prefill_chunk_size` cuts the input."""
+    media = [name for name, value in kwargs.items() if name != "inputs_embeds" and _is_media(value)]
+    if media:
+        raise ValueError(
+            f"generate(prefill_chunk_size=...) chooses a prompt before the model has read `{media[0]}`: force `prompt_ids`, or "
+            "leave `prefill_chunk_size` out"
+        )
     mask = kwargs.get("attention_mask")
     if mask is None:
         padding = settings.get("pad_token_id")
@@ -103,6 +109,11 @@ def _choose_before_chunks(call: Call, source: torch.Tensor, kwargs: dict, settin
     return {**kwargs, "attention_mask": mask}
 
 
+def _is_media(value) -> bool:
+    """Whether an argument is a picture or a sound."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1
+
+
 def _make_room(layer, source: torch.Tensor, settings: _Settings, cache, kwargs: dict) -> dict:
     """Give static caches K more positions.
 
@@ -112,7 +123,8 @@ def _make_room(layer, source: torch.Tensor, settings: _Settings, cache, kwargs: 
     longest = layer.active_bank.max_length
     refuse_foreign_cache(cache)
     if cache is not None and cache.is_compileable and not is_prompted(cache):
-        room = max(cache_layer.max_cache_len for cache_layer in cache.layers)  # sliding layers hold their window alone
+        # Sliding layers hold their window alone, layers that share another's keys and values hold nothing.
+        room = max(getattr(cache_layer, "max_cache_len", 0) for cache_layer in cache.layers)
         if room <= longest:
             raise ValueError(
                 f"the static cache holds {room} positions, the prompts alone take {longest}: make it longer by {longest}"

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from idp_peft.layer_gradient import device_of, kind_of, layer_error, linear_layers
+from idp_peft.outer_model import marked_as_text
 
 # Relative. In float32, rounding makes 1e-6 of difference. bfloat16 rounds by up to 0.4 %, in the output, the gradient and
 # the effective weights once each, and much of it averages out over a layer: 0.2 to 0.3 % is measured. A kernel with a
@@ -143,7 +144,7 @@ def _severed(model: nn.Module, layers: dict[str, nn.Module], ids: torch.Tensor):
     handles += [layer.register_forward_hook(look(name)) for name, layer in layers.items()]
     try:
         with torch.enable_grad():
-            model(input_ids=ids, use_cache=False)
+            model(**marked_as_text(model, {"input_ids": ids, "use_cache": False}))
             for name in [name for name in layers if name not in dtypes]:  # experts that no token was sent to
                 layer = layers[name]
                 layer(torch.zeros(1, 1, kind_of(layer)[1], device=device_of(layer), dtype=model.dtype))

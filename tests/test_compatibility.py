@@ -15,6 +15,8 @@ from tests.tiny import NAMES, VOCAB, tiny
 def test_feature_is_right(name, feature):
     base = tiny(name)
     verdict, message = judge(feature, contestant("idp", base, VOCAB))
+    if verdict == "undefined":
+        pytest.skip(f"{name}, {feature}: {message}")
     if verdict != "right":
         # The base alone, on inputs as long as prompt and input together.
         alone_contestant = contestant("base", base, VOCAB)

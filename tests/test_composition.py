@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -23,7 +24,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 
 import idp_peft
-from tests.reference import bank_of, concatenated_logits, plain_concatenated_logits
+from tests.reference import bank_of, concatenated_logits, looks_up_in_layers, plain_concatenated_logits
 from tests.tiny import CHANGING_ROTARY, LEARNED_POSITIONS, NAMES, tiny, token_batch
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +86,10 @@ def tokens_in(folder) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_forced_prompt_gives_what_its_adapter_gives(make, tmp_path, name):
+    if name == "qwen2_5_vl" and transformers.__version__.startswith("5.0."):
+        pytest.skip("the base cannot run embeddings without a mask, which are all that PEFT's prompt tuning gives it")
+    if looks_up_in_layers(tiny(name).get_decoder()):
+        pytest.skip("PEFT's prompt tuning gives this model embeddings alone, and what it looks up by id is lost")
     lengths = [4, 4, 4, 4] if name in LEARNED_POSITIONS else [3, 5, 2, 5]
     one, other = prompt_tuned(name, lengths[0], seed=1), prompt_tuned(name, lengths[1], seed=2)
     bank = make(name, num_prompts=2, num_virtual_tokens=lengths[2:])

@@ -6,8 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from idp_peft.decoder import find_decoder, shares_keys_in_cache
 from tests.reference import bank_of, brute_force_scores, concatenated_logits, plain_concatenated_logits
-from tests.tiny import CHANGING_ROTARY, LEARNED_POSITIONS, NAMES, tiny, token_batch
+from tests.tiny import CHANGING_ROTARY, LEARNED_POSITIONS, NAMES, VOCAB, tiny, token_batch
 
 EQUAL, UNEQUAL = [4, 4, 4, 4], [3, 5, 2, 5]
 BANKS = {"one": [4], "equal": EQUAL, "unequal": UNEQUAL}
@@ -32,7 +33,7 @@ def test_a_forced_prompt_equals_concatenation(make, name, attention, bank):
     for prompt, length in enumerate(BANKS[bank]):
         with torch.no_grad():
             logits = model(input_ids=ids, prompt_ids=torch.tensor([prompt])).logits
-        assert logits.shape == (1, 9, base.config.vocab_size)
+        assert logits.shape == (1, 9, VOCAB)
         expected = concatenated_logits(model, base, ids, prompt)
         assert (logits - expected).abs().max() <= TOLERANCE
         if name not in LEARNED_POSITIONS or length == max(BANKS[bank]):
@@ -73,7 +74,10 @@ def test_generation_of_a_left_padded_batch_equals_each_row_alone(make, name, bea
         assert torch.equal(together[row, 9:], alone[0, -8:])
 
 
-@pytest.mark.parametrize("name", ["mistral_small_window", "gemma2", "gemma3", "mpt"])
+@pytest.mark.parametrize(
+    "name",
+    ["mistral_small_window", "gemma2", "gemma3", "mpt", "gemma3_multimodal", "gemma3n", "gemma4", "gemma4_multimodal"],
+)
 def test_padding_takes_no_room_in_a_sliding_window_or_a_bias(make, name):
     """Far past the window, every step's scores are those of the row alone."""
     model = make(name, num_virtual_tokens=UNEQUAL)
@@ -179,6 +183,10 @@ def test_training_equals_inference_in_loss_and_gradient(make, name, bank, side):
     model.train()
     shared, shared_gradient = gradients(model, **call)
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    if shares_keys_in_cache(find_decoder(model.get_base_model())):
+        with pytest.raises(ValueError, match="shares keys and values between layers in its cache alone"):
+            model(**call)
+        return
     prepended, prepended_gradient = gradients(model, **call)
     assert torch.allclose(shared, cached, rtol=1e-5)
     assert torch.allclose(prepended, cached, rtol=1e-5)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import pytest
 import torch
 import transformers as tf
 
@@ -92,6 +95,187 @@ ARCHITECTURES = {
         },
     ),
 }
+_GEMMA = {**_ROPE, "head_dim": 8, "sliding_window": 16, "tie_word_embeddings": True}
+_SHARED = {  # the last two layers have no keys of their own, and every layer looks up an embedding of each token
+    **_GEMMA,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB,
+}
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+IMAGE = 1  # the token whose embedding a picture takes the place of; `token_batch` never draws it
+_QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 4,
+    "patch_size": 14,
+    "out_hidden_size": 32,
+}
+_QWEN_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VOCAB - 1,
+    "vision_start_token_id": VOCAB - 2,
+    "vision_end_token_id": VOCAB - 3,
+}
+# Multimodal models used for text, and decoders that look up more than input embeddings. Classes by name: not every version
+# of transformers has them all.
+ARCHITECTURES |= {
+    "gemma3_multimodal": (
+        "Gemma3Config",
+        "Gemma3ForConditionalGeneration",
+        {
+            "text_config": {**_GEMMA, "query_pre_attn_scalar": 8, "layer_types": _LAYERS},
+            "vision_config": _VISION,
+            "mm_tokens_per_image": 4,
+            "image_token_index": IMAGE,
+            "boi_token_index": VOCAB,
+            "eoi_token_index": VOCAB + 1,
+        },
+    ),
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        "Gemma3nForCausalLM",
+        {**_SHARED, "laurel_rank": 8, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
+    ),
+    "gemma4": ("Gemma4TextConfig", "Gemma4ForCausalLM", {**_SHARED, "global_head_dim": 16}),
+    "gemma4_multimodal": (
+        "Gemma4Config",
+        "Gemma4ForConditionalGeneration",
+        {
+            "text_config": {**_SHARED, "global_head_dim": 16, "use_bidirectional_attention": "vision"},
+            "vision_config": {
+                **_VISION,
+                "num_key_value_heads": 4,
+                "head_dim": 8,
+                "pooling_kernel_size": 2,
+                "position_embedding_size": 16,
+            },
+            "audio_config": None,
+            "image_token_id": IMAGE,
+            "video_token_id": IMAGE,
+            "audio_token_id": IMAGE,
+        },
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VLConfig",
+        "Qwen2_5_VLForConditionalGeneration",
+        {
+            "text_config": {**_ROPE, "rope_parameters": _MROPE},
+            "vision_config": {**_QWEN_VISION, "window_size": 28, "fullatt_block_indexes": [0]},
+            **_QWEN_TOKENS,
+        },
+    ),
+}
+_SIGLIP = {**_VISION, "model_type": "siglip_vision_model"}
+_CLIP = {**_VISION, "model_type": "clip_vision_model"}
+# More of them, for what the model around a decoder does to a call: masks, positions, caches and inputs that it makes itself.
+AROUND_A_DECODER = {
+    "gemma4_unified": (  # masks and positions
+        "Gemma4UnifiedConfig",
+        "Gemma4UnifiedForConditionalGeneration",
+        {
+            "text_config": {**_GEMMA, "num_hidden_layers": 2, "layer_types": _LAYERS[:2], "global_head_dim": 16},
+            "image_token_id": IMAGE,
+            "video_token_id": IMAGE,
+            "audio_token_id": IMAGE,
+        },
+    ),
+    "molmo2": (  # one mask for all layers; token types are wanted in training
+        "Molmo2Config",
+        "Molmo2ForConditionalGeneration",
+        {
+            "text_config": {**_ROPE, "head_dim": 8, "additional_vocab_size": 4},
+            "vision_config": {**_VISION, "image_size": [28, 28], "num_key_value_heads": 4, "head_dim": 8},
+            "adapter_config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "text_hidden_size": 32,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                "head_dim": 8,
+                "vision_feature_layer": [0],
+            },
+            "image_patch_id": IMAGE,
+        },
+    ),
+    "exaone4_5": (  # positions that count padding, in generation too
+        "Exaone4_5_Config",
+        "Exaone4_5_ForConditionalGeneration",
+        {
+            "text_config": {
+                **_ROPE,
+                "model_type": "exaone4",
+                "head_dim": 8,
+                "sliding_window": 16,
+                "layer_types": _LAYERS,
+            },
+            "vision_config": {
+                **_QWEN_VISION,
+                "num_key_value_heads": 2,
+                "window_size": 28,
+                "fullatt_block_indexes": [0],
+            },
+        },
+    ),
+    "fuyu": (  # positions that count padding
+        "FuyuConfig",
+        "FuyuForCausalLM",
+        {**_MHA, "text_config": {**_MHA, "model_type": "persimmon"}, "patch_size": 4, "image_token_id": IMAGE},
+    ),
+    "smolvlm": (  # a cache, also where training drops it
+        "SmolVLMConfig",
+        "SmolVLMForConditionalGeneration",
+        {
+            "text_config": {**_ROPE, "model_type": "llama"},
+            "vision_config": _VISION,
+            "scale_factor": 2,
+            "image_token_id": IMAGE,
+            "pad_token_id": 0,
+        },
+    ),
+    "llava": (  # nothing but embeddings
+        "LlavaConfig",
+        "LlavaForConditionalGeneration",
+        {
+            "text_config": {**_ROPE, "model_type": "llama"},
+            "vision_config": _CLIP,
+            "image_token_index": IMAGE,
+            "vision_feature_layer": -1,
+        },
+    ),
+    "qwen3_vl": (  # features of a picture that go into later layers
+        "Qwen3VLConfig",
+        "Qwen3VLForConditionalGeneration",
+        {
+            "text_config": {**_ROPE, "head_dim": 8, "rope_parameters": _MROPE},
+            "vision_config": {**_QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+            **_QWEN_TOKENS,
+        },
+    ),
+}
+PREFIX = {  # attends in both directions over a picture and the question about it
+    "paligemma": (
+        "PaliGemmaConfig",
+        "PaliGemmaForConditionalGeneration",
+        {
+            "text_config": {**_ROPE, "model_type": "gemma", "head_dim": 8},
+            "vision_config": _SIGLIP,
+            "projection_dim": 32,
+            "image_token_index": IMAGE,
+        },
+    ),
+}
 _LONG = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -113,7 +297,7 @@ CHANGING_ROTARY = {
         {**_ROPE, "max_position_embeddings": 12, "rope_parameters": _DYNAMIC},
     ),
 }
-ARCHITECTURES_AND_MORE = {**ARCHITECTURES, **CHANGING_ROTARY}
+ARCHITECTURES_AND_MORE = {**ARCHITECTURES, **CHANGING_ROTARY, **AROUND_A_DECODER, **PREFIX}
 NAMES = list(ARCHITECTURES)
 LEARNED_POSITIONS = ("opt", "gpt2", "gpt_bigcode")
 
@@ -121,16 +305,24 @@ LEARNED_POSITIONS = ("opt", "gpt2", "gpt_bigcode")
 def tiny(name: str, attention: str = "sdpa", seed: int = 0, dtype: torch.dtype = torch.float32):
     """A tiny model in evaluation mode, with weights large enough that prompts and positions matter."""
     config_class, model_class, arguments = ARCHITECTURES_AND_MORE[name]
-    config = config_class(**arguments)
+    if isinstance(model_class, str):
+        if not hasattr(tf, model_class):
+            pytest.skip(f"transformers {tf.__version__} has no {model_class}")
+        config_class, model_class = getattr(tf, config_class), getattr(tf, model_class)
+    config = config_class(**copy.deepcopy(arguments))
     if attention == "sdpa" and not model_class._supports_sdpa:
         attention = "eager"
     config._attn_implementation = attention
     torch.manual_seed(seed)
     model = model_class._from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for key, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.2)
+            elif key.endswith(
+                "correct_output_scale"
+            ):  # zeros at first, and then Gemma 3n's embeddings per layer do nothing
+                parameter.fill_(1.0)
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = VOCAB  # never generated; prompt lookup of transformers 5.0 needs one
     return model.eval().to(dtype)

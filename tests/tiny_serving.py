@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from idp_peft import IDPConfig
+from idp_peft.loading import load_model
 from tests.tiny import tiny
 from tests.tiny_chats import chat_tokenizer
 
@@ -52,7 +52,7 @@ def saved(folder: Path, name: str = "llama", tied: bool = False, tokenizer=None,
         model.tie_weights()
     model.save_pretrained(folder / "base")
     (chat_tokenizer() if tokenizer is None else tokenizer).save_pretrained(folder / "base")
-    base = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
+    base = load_model(folder / "base", dtype="auto")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = {"num_prompts": 3, "num_virtual_tokens": 4, **config}

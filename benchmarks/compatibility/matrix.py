@@ -8,6 +8,7 @@ passes ("right"), finds a difference that nothing announced ("wrong"), or meets 
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ from idp_peft.choice import select
 METHODS = ("base", "idp", "prompt_tuning", "lora")
 TOLERANCE = 1e-4
 NEW_TOKENS = 6
+
+
+class Undefined(Exception):
+    """The base cannot say what a method means."""
 
 
 @dataclass
@@ -80,7 +85,26 @@ class Contestant:
         with torch.no_grad():
             if prompt is None:
                 return model(input_ids=ids, use_cache=False).logits
-            return model(inputs_embeds=self.embeds(ids, prompt), use_cache=False).logits[:, len(prompt) :]
+            if self.looks_up_in_layers():
+                return self._prompt_first(ids, prompt)
+            embeds = self.embeds(ids, prompt)
+            everything = torch.ones(
+                embeds.shape[:2], dtype=torch.long
+            )  # without a mask, transformers 5.0 wants Qwen-VL's ids
+            return model(inputs_embeds=embeds, attention_mask=everything, use_cache=False).logits[:, len(prompt) :]
+
+    def looks_up_in_layers(self) -> bool:
+        """Whether layers look up an embedding of each token (Gemma 3n, Gemma 4), which embeddings as input would lose."""
+        return bool(getattr(self.base.get_decoder().config, "hidden_size_per_layer_input", 0))
+
+    def _prompt_first(self, ids: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+        """The base on the prompt, then on ids. Gemma 4 takes its padding token's part for what has no id."""
+        decoder, beside = self.base.get_decoder(), {}
+        if "inputs_embeds" in inspect.signature(decoder.get_per_layer_inputs).parameters:
+            beside["per_layer_inputs"] = decoder.get_per_layer_inputs(torch.zeros(1, len(prompt), dtype=torch.long))
+        start = self.base(inputs_embeds=prompt[None], use_cache=True, **beside)
+        cache = {name: start[name] for name in ("cache", "past_key_values") if name in start}
+        return self.base(input_ids=ids, **cache).logits
 
     def defined_greedy(self, ids: torch.Tensor, steps: int = NEW_TOKENS) -> torch.Tensor:
         """Greedy continuation of one unpadded row by definition, int64 `[steps]`. The prompt is chosen once."""
@@ -95,6 +119,11 @@ class Contestant:
         if prompt is None:
             model = self.model if self.method == "lora" else self.base
             return model.generate(input_ids=ids, **arguments)[:, ids.shape[1] :]
+        if (
+            self.looks_up_in_layers()
+            or "inputs_embeds" not in inspect.signature(self.base.prepare_inputs_for_generation).parameters
+        ):
+            raise Undefined("the base cannot generate from the embeddings that define this")
         return self.base.generate(inputs_embeds=self.embeds(ids, prompt), **arguments)
 
     def generate(self, **arguments):
@@ -178,7 +207,11 @@ def sampling(c: Contestant) -> bool:
 
 def inputs_embeds(c: Contestant) -> bool:
     ids = c.single()
-    generated = c.generate(inputs_embeds=c.base.get_input_embeddings()(ids).detach())
+    embeds = c.base.get_input_embeddings()(ids).detach()
+    with torch.no_grad():
+        if not _close(c.base(inputs_embeds=embeds).logits, c.base(input_ids=ids).logits):
+            raise Undefined("the base itself makes something else of embeddings than of their ids")
+    generated = c.generate(inputs_embeds=embeds)
     return torch.equal(generated[0], c.defined_greedy(ids))
 
 
@@ -274,7 +307,7 @@ FEATURES: dict[str, Callable[[Contestant], bool | str]] = {
 
 
 def judge(feature: str, c: Contestant) -> tuple[str, str]:
-    """("right" | "wrong" | "error", message)."""
+    """("right" | "wrong" | "error" | "undefined", message)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -282,5 +315,7 @@ def judge(feature: str, c: Contestant) -> tuple[str, str]:
         if isinstance(result, str):
             return "wrong", result
         return ("right", "") if result else ("wrong", "differs from the definition, silently")
+    except Undefined as error:
+        return "undefined", str(error)
     except Exception as error:  # an error is a result here, whatever its kind
         return "error", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

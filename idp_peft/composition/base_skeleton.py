@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from idp_peft.auto_class import built_from
 from idp_peft.composition.prompt_sources import PromptSource
 from idp_peft.decoder import embedding_width, find_decoder, has_changing_rotary, has_learned_positions
 
@@ -31,8 +32,6 @@ def skeleton(base_model: str | os.PathLike | nn.Module) -> PreTrainedModel:
         `BaseNotFound`: where its config cannot be had.
         `ValueError`: where the model is no decoder-only causal language model.
     """
-    from transformers import AutoModelForCausalLM
-
     if isinstance(base_model, PeftModel):
         base_model = base_model.get_base_model()
     if isinstance(base_model, nn.Module):
@@ -42,7 +41,7 @@ def skeleton(base_model: str | os.PathLike | nn.Module) -> PreTrainedModel:
     else:
         config, name = _config(os.fspath(base_model))
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = built_from(config)
     model.name_or_path = name
     find_decoder(model)
     return model

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 
+from idp_peft.auto_class import built_from
 from idp_peft.compression import gptqmodel_backend, llmcompressor_backend, torchao_backend
 from idp_peft.compression.calibration import calibration_chunks
 from idp_peft.compression.measure import check_result, compressed_weights
@@ -114,7 +115,7 @@ def _check_installed(backend: str, tool: ModuleType) -> None:
 
 def _check_model(model: str, backend: str, recipe: Recipe, group_size: int) -> tuple[str, dict | None, list[str]]:
     """The model's place, the note of an earlier compression and the layers, after every check that needs no weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from idp_peft.loading import find_model, quantization_of
 
@@ -127,7 +128,7 @@ def _check_model(model: str, backend: str, recipe: Recipe, group_size: int) -> t
         raise ValueError(f"{model} is quantised already ({method}): compress the model that it was made from")
     config = AutoConfig.from_pretrained(where, gguf_file=gguf_file)
     with torch.device("meta"):
-        layers = target_layers(AutoModelForCausalLM.from_config(config))
+        layers = target_layers(built_from(config))
     check_fit(layers, recipe, group_size)
     note = Path(where) / NOTE
     earlier = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None

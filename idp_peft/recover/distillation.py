@@ -94,6 +94,6 @@ def check_vocabulary(model: nn.Module, teacher: nn.Module) -> None:
     Raises:
         `ValueError`: where the vocabulary sizes differ.
     """
-    own, its = model.config.vocab_size, teacher.config.vocab_size
+    own, its = model.config.get_text_config().vocab_size, teacher.config.get_text_config().vocab_size
     if own != its:
         raise ValueError(f"`teacher` must have the model's vocabulary of {own} tokens, got {its}")

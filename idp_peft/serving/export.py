@@ -190,11 +190,14 @@ def _find_tables(model: nn.Module, files: WeightFiles, keep_tied: bool) -> _Tabl
 
 
 def _stored_name(module: str, parameter: str, files: WeightFiles, what: str) -> str:
-    """The name of a parameter in the checkpoint, where a prefix may be missing, or be one more."""
+    """The name of a parameter in the checkpoint, where a prefix may be missing, be one more, or stand elsewhere."""
     name = f"{module}.{parameter}"
     if name in files.places:
         return name
     found = [key for key in files.places if key.endswith(f".{name}") or name.endswith(f".{key}")]
+    if len(found) != 1:  # multimodal checkpoints have the parts of the path in another order, or not all
+        last = ".".join(name.split(".")[-2:])
+        found = [key for key in files.places if key.endswith(last) and set(key.split(".")) <= set(name.split("."))]
     if len(found) == 1:
         return found[0]
     others = [key for key in files.places if key.startswith(f"{module}.") or f".{module}." in key]

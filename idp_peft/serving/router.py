@@ -21,6 +21,7 @@ from idp_peft.decoder import (
     find_decoder,
 )
 from idp_peft.layer import IDPLayer
+from idp_peft.per_layer_inputs import has_per_layer_inputs
 from idp_peft.selection import Selection
 from idp_peft.serving.exported import ExportedModel, is_exported
 
@@ -152,9 +153,12 @@ def _layer(source: PromptSource, name: str, load_model_kwargs: dict) -> IDPLayer
     except BaseNotFound as error:
         reason = str(error).partition(": pass")[0]
         raise FileNotFoundError(f"{reason}: pass `base`, the folder or Hub id where that model is now") from error
-    layers = _layers_needed(config, find_decoder(bones))
+    decoder = find_decoder(bones)
+    layers = kept = _layers_needed(config, decoder)
+    if has_per_layer_inputs(decoder):
+        kept = len(find_blocks(decoder)[1])  # one table of embeddings is for all layers together
     with _without_report():
-        model = load_model(name, headless=True, config=_first_layers(bones.config, layers), **load_model_kwargs)
+        model = load_model(name, headless=True, config=_first_layers(bones.config, kept), **load_model_kwargs)
     decoder, embeddings = model.get_decoder(), model.get_input_embeddings()
     if source.width != embedding_width(embeddings):
         raise ValueError(
