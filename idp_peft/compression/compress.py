@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 
+from idp_peft.chats import Chat
 from idp_peft.compression import gptqmodel_backend, llmcompressor_backend, torchao_backend
 from idp_peft.compression.calibration import calibration_chunks
 from idp_peft.compression.measure import check_result, compressed_weights
@@ -33,7 +34,7 @@ def compress(
     model: str,
     recipe: str,
     output_dir: str | Path,
-    texts: list[str] | None = None,
+    texts: list[str | Chat] | None = None,
     calibration_samples: int = 64,
     calibration_tokens: int = 256,
     group_size: int = 64,
@@ -48,7 +49,7 @@ def compress(
             rounded, which keeps its zeros, but not put through GPTQ, which loses some; a quantised one is refused.
         recipe (`str`): a name in `RECIPES`.
         output_dir (`str`): a new or empty folder. It appears when all is done and checked.
-        texts (`list[str]`, *optional*): calibration text; not read by the `rtn` recipes.
+        texts (`list[str | Chat]`, *optional*): calibration text; not read by the `rtn` recipes.
         calibration_samples (`int`, defaults to `64`): chunks that the model reads. Time is proportional to it.
         calibration_tokens (`int`, defaults to `256`): tokens of each chunk.
         group_size (`int`, defaults to `64`): neighbours in a row that share a scale; it must divide every layer's width.

@@ -17,14 +17,15 @@ from idp_peft.gradient_probe import probe_gradients
 from idp_peft.hub.adapter_folder import push_adapter
 from idp_peft.hub.push import PushError
 from idp_peft.loading import accepted_by_trainer, load_model, load_tokenizer
-from idp_peft.recover.adapter import with_adapter
+from idp_peft.recover.adapter import starting_texts, with_adapter
 from idp_peft.recover.distillation import check_distillation
 from idp_peft.recover.methods import LEARNING_RATES
 from idp_peft.recover.run_folder import RunFolder
 from idp_peft.recover.self_text import sample_blocks
 from idp_peft.recover.stopping import StopAtSignal
 from idp_peft.recover.training import make_trainer, training_examples
-from idp_peft.text_data import load_texts, token_blocks
+from idp_peft.text_data import Block, blocks, load_texts
+from idp_peft.text_tokens import beginning
 
 logger = logging.getLogger(__name__)
 
@@ -112,17 +113,24 @@ def _check_same_tokens(tokenizer, other) -> None:
         )
 
 
-def _blocks(options, arguments: TrainingArguments, tokenizer) -> tuple[list[list[int]], list[list[int]]]:
+def _blocks(options, arguments: TrainingArguments, tokenizer) -> tuple[list[Block], list[Block]]:
     """Blocks to train on, and those kept for Trainer's evaluation (none unless it evaluates)."""
-    texts = load_texts(options.dataset, options.dataset_split, options.text_column, options.dataset_config)
+    texts = load_texts(
+        options.dataset,
+        options.dataset_split,
+        options.text_column,
+        options.dataset_config,
+        options.assistant_only_loss,
+    )
     kept = _kept(len(texts), options, arguments)
     train, held = (
-        token_blocks(tokenizer, part, options.block_tokens, options.min_tokens)
+        blocks(tokenizer, part, options.block_tokens, options.min_tokens)
         for part in (texts[: len(texts) - kept], texts[len(texts) - kept :])
     )
     if not train:
         raise ValueError(
-            f"`dataset` {options.dataset!r} has no document of `min_tokens`={options.min_tokens} tokens to train on"
+            f"`dataset` {options.dataset!r} has no text of `min_tokens`={options.min_tokens} tokens to train on, and no chat "
+            f"with something to predict in its first `block_tokens`={options.block_tokens}"
         )
     logger.info("%d training blocks of at most %d tokens", len(train), options.block_tokens)
     return train, held
@@ -134,17 +142,22 @@ def _kept(count: int, options, arguments: TrainingArguments) -> int:
 
 def _sampled(options, arguments, teacher, tokenizer, folder: RunFolder):
     file = folder.path / "self_text.jsonl"
-    blocks = sample_blocks(teacher, tokenizer, options.self_samples, options.block_tokens, arguments.seed, file)
-    blocks = [block for block in blocks if len(block) >= max(2, options.min_tokens)]
-    kept = _kept(len(blocks), options, arguments)
-    return blocks[: len(blocks) - kept], blocks[len(blocks) - kept :]
+    sampled = sample_blocks(teacher, tokenizer, options.self_samples, options.block_tokens, arguments.seed, file)
+    front = len(beginning(tokenizer))
+    long_enough = [Block(ids, front=front) for ids in sampled if len(ids) >= max(2, options.min_tokens)]
+    kept = _kept(len(long_enough), options, arguments)
+    if len(long_enough) <= kept:
+        raise ValueError(
+            f"`dataset` 'self': of {len(sampled)} texts that `teacher` {options.teacher!r} wrote, {len(long_enough)} have "
+            f"`min_tokens`={options.min_tokens} tokens, which leaves none to train on: give more `self_samples`, or lower "
+            "`min_tokens`"
+        )
+    return long_enough[: len(long_enough) - kept], long_enough[len(long_enough) - kept :]
 
 
-def _with_adapter(
-    model, tokenizer, blocks: list[list[int]], options, arguments: TrainingArguments, teacher
-) -> PeftModel:
+def _with_adapter(model, tokenizer, train: list[Block], options, arguments: TrainingArguments, teacher) -> PeftModel:
     set_seed(arguments.seed)  # the prompts' start depends on the seed alone
-    model = with_adapter(model, tokenizer, blocks, options, teacher)
+    model = with_adapter(model, tokenizer, starting_texts(train), options, teacher)
     logger.info("%d trainable parameters", model.get_nb_trainable_parameters()[0])
     return model
 
