@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from idp_peft.error_reason import reason
 from idp_peft.text_tokens import Encoded, beginning, common_length, encode, without
@@ -26,18 +26,18 @@ class Chat:
         completion (`list[dict]` or `str`): what is predicted: the messages of a chat (`role`, `content` and whatever else
             the template knows), those that follow a prompt, or a text. Behind a text stands the end-of-text token.
         prompt (`list[dict]` or `str`, *optional*): what is read before, of the same kind.
-        assistant_only_loss (`bool`, defaults to `False`): of messages, predict only what the template marks as the
-            assistant's.
         tools (`list[dict]`, *optional*): for the template.
         template_kwargs (`dict`): further variables of the template (`enable_thinking`, ...).
+        assistant_only_loss (`bool`, defaults to `False`): of messages, predict only what the template marks as the
+            assistant's.
         name (`str`, defaults to `"a chat"`): what errors call it.
     """
 
     completion: list[dict] | str
     prompt: list[dict] | str | None = None
-    assistant_only_loss: bool = False
     tools: list[dict] | None = None
     template_kwargs: dict = field(default_factory=dict)
+    assistant_only_loss: bool = False
     name: str = "a chat"
 
     def encode(self, tokenizer) -> Encoded:
@@ -88,14 +88,13 @@ def chat_columns(names: Iterable[str]) -> tuple[str, ...]:
     return next((columns for columns in _COLUMNS if set(columns) <= set(names)), ())
 
 
-def read_chat(row: Mapping, columns: tuple[str, ...], name: str, assistant_only_loss: bool = False) -> Chat | None:
+def read_chat(row: Mapping, columns: tuple[str, ...], name: str) -> Chat | None:
     """A row of a dataset as a chat; `None` for a row with nothing to predict.
 
     Args:
         row: with `columns`; *optional* with `tools` (a list, or its JSON) and `chat_template_kwargs`.
         columns (`tuple[str]`): the one that holds the messages, or `prompt` and `completion`.
         name (`str`): what errors call the row.
-        assistant_only_loss (`bool`, defaults to `False`): as TRL's.
 
     Raises:
         `ValueError`: for a row that holds something else there.
@@ -106,14 +105,23 @@ def read_chat(row: Mapping, columns: tuple[str, ...], name: str, assistant_only_
         return None
     if before and isinstance(completion, str) and isinstance(prompt or "", str):
         prompt = prompt or ""
-        if assistant_only_loss:
-            raise ValueError(f"`assistant_only_loss` needs chats, and `{last}` in {name} is a text: leave it out")
     else:
         completion = _messages(completion, last, name)
         prompt = _messages(prompt or [], before[0], name) if before else None
     tools = row.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools
-    return Chat(completion, prompt, assistant_only_loss, tools or None, row.get("chat_template_kwargs") or {}, name)
+    return Chat(completion, prompt, tools or None, row.get("chat_template_kwargs") or {}, name=name)
+
+
+def assistant_only(documents: list[str | Chat]) -> list[Chat]:
+    """The same chats, of which the assistant's words alone are to be predicted, as TRL's `assistant_only_loss` has it.
+
+    Raises:
+        `ValueError`: for texts.
+    """
+    if any(isinstance(document, str) or isinstance(document.completion, str) for document in documents):
+        raise ValueError("`assistant_only_loss` needs chats, and the dataset holds texts: leave it out")
+    return [replace(document, assistant_only_loss=True) for document in documents]
 
 
 def has_messages(value) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from idp_peft.error_reason import reason
 
-_EXAMPLES = ".jsonl, .json, .parquet, .csv, .tsv, .txt or .arrow, compressed or not"
+_COMMON = ".jsonl, .json, .parquet, .csv, .tsv, .txt, .arrow"
 _OWN_FORMATS = {".text": "text"}  # what `datasets` does not know by its name
 
 
@@ -76,7 +76,8 @@ def _format(source: str, files: list[str]) -> tuple[str, dict]:
     if (known := _known_format(files)) is not None:
         return known
     raise ValueError(
-        f"`dataset` {source!r} must be of a format that `datasets` reads ({_EXAMPLES}), got {Path(source).suffix!r}"
+        f"`dataset` {source!r} must end in one of {_COMMON} (compressed or not) or in another format that `datasets` reads, "
+        f"got {Path(source).suffix!r}"
     )
 
 

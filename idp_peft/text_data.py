@@ -14,11 +14,7 @@ _VALIDATION_SHARE = 0.1  # of the training part, taken off its end: what setting
 
 
 def load_texts(
-    source: str,
-    split: str = "train",
-    column: str = "text",
-    config_name: str | None = None,
-    assistant_only_loss: bool = False,
+    source: str, split: str = "train", column: str = "text", config_name: str | None = None
 ) -> list[str | Chat]:
     """The documents of a data source: texts, or chats. Everything but the packaged corpora is read by `datasets`.
 
@@ -33,8 +29,6 @@ def load_texts(
         column (`str`, defaults to `"text"`): the column that holds the documents: texts, or lists of messages. Where there
             is no column `"text"`, chats are looked for: `messages` (or `conversations`), else `prompt` and `completion`.
         config_name (`str`, *optional*): configuration of a Hub dataset or of a folder.
-        assistant_only_loss (`bool`, defaults to `False`): of chats, predict the assistant's words alone, as TRL's option
-            of that name; see [`Chat`].
 
     Returns:
         `list[str | Chat]`: documents that are not empty, in order.
@@ -46,11 +40,9 @@ def load_texts(
     if source in PACKAGED:
         documents = _packaged(source, split)
     else:
-        documents = _documents(load_table(source, split, config_name), source, column, assistant_only_loss)
+        documents = _documents(load_table(source, split, config_name), source, column)
     if not documents:
         raise ValueError(f"`dataset` {source!r} holds no text in its column {column!r}")
-    if assistant_only_loss and isinstance(documents[0], str):
-        raise ValueError(f"`assistant_only_loss` needs chats, and `dataset` {source!r} holds texts: leave it out")
     return documents
 
 
@@ -66,7 +58,7 @@ def _packaged(source: str, split: str) -> list[str]:
     return {"train": train, "validation": validation, "held_out": held_out}[split]
 
 
-def _documents(data, source: str, column: str, assistant_only_loss: bool) -> list[str | Chat]:
+def _documents(data, source: str, column: str) -> list[str | Chat]:
     """The texts or chats of a table."""
     names, columns = data.column_names, ()
     if column in names:
@@ -78,9 +70,7 @@ def _documents(data, source: str, column: str, assistant_only_loss: bool) -> lis
         columns = chat_columns(names)
     if not columns:
         raise ValueError(f"`text_column` must be one of the columns of {source!r}, {', '.join(names)}; got {column!r}")
-    found = (
-        read_chat(row, columns, f"row {number} of {source!r}", assistant_only_loss) for number, row in enumerate(data)
-    )
+    found = (read_chat(row, columns, f"row {number} of {source!r}") for number, row in enumerate(data))
     return [chat for chat in found if chat is not None]
 
 

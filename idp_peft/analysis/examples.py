@@ -102,7 +102,8 @@ def _example(row, number: int, tokenizer, group) -> Example:
         columns = {name: _integers(row[name], name, number) for name in _COLUMNS if row.get(name) is not None}
     elif document is not None:
         if tokenizer is None:
-            raise ValueError(f"`tokenizer` must be given for texts and chats, as example {number} is one")
+            kind = "texts" if isinstance(document, str) else "chats"
+            raise ValueError(f"`tokenizer` must be given for {kind}, as example {number} is one")
         columns = _encoded(document, tokenizer)
     else:
         has = f"the columns {sorted(row)}" if isinstance(row, Mapping) else f"a {type(row).__name__}"

@@ -86,7 +86,11 @@ def cut_texts(tokenizer, texts: list[str | Chat], window: int, stride: int) -> l
     """
     check_window(window, stride)
     encoded = encode(tokenizer, texts)
-    windows = [part for number, document in enumerate(encoded) for part in cut(number, document, window, stride)]
+    windows = [
+        part
+        for number, document in enumerate(encoded)
+        for part in cut(number, document.ids, window, stride, document.front, document.labelled)
+    ]
     if not windows:
         longest = max((len(document.ids) for document in encoded), default=0)
         front = len(encoded[0].front) if encoded else 0

@@ -7,6 +7,7 @@ import logging
 import time
 from pathlib import Path
 
+from idp_peft.chats import assistant_only
 from idp_peft.evaluation.description import describe
 from idp_peft.evaluation.environment import environment
 from idp_peft.evaluation.model_scores import evaluate_model
@@ -65,12 +66,10 @@ def evaluate(options) -> Path:
         from idp_peft.text_data import load_texts
 
         texts = load_texts(
-            settings["dataset"],
-            settings["dataset_split"],
-            settings["text_column"],
-            settings["dataset_config"],
-            settings["assistant_only_loss"],
+            settings["dataset"], settings["dataset_split"], settings["text_column"], settings["dataset_config"]
         )
+        if settings["assistant_only_loss"]:
+            texts = assistant_only(texts)
     started = time.time()
     model, tokenizer = load(settings["model"], settings["adapter"])
     result = {"format": FORMAT, **describe(model, settings), "settings": settings, "environment": environment()}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from idp_peft.text_tokens import Encoded
-
 
 @dataclass(frozen=True)
 class Window:
@@ -45,7 +43,9 @@ def check_window(window: int, stride: int) -> None:
         raise ValueError(f"`stride` must be from 1 to `window` ({window}), got {stride}")
 
 
-def cut(document: int, encoded: Encoded, window: int, stride: int) -> list[Window]:
+def cut(
+    document: int, ids: list[int], window: int, stride: int, front: list[int], labelled: list[bool] | None = None
+) -> list[Window]:
     """The windows of one document, each `stride` tokens further on; the last one may be shorter.
 
     Nothing predicts the first token of a window, so with `stride == window` windows overlap by that one token. Where a
@@ -54,10 +54,11 @@ def cut(document: int, encoded: Encoded, window: int, stride: int) -> list[Windo
 
     Args:
         document (`int`): its number.
-        encoded (`Encoded`): its tokens. Each window begins with its `front`, which counts as context.
+        ids (`list[int]`): its tokens.
         window, stride (`int`): tokens of a window, and how many at its end are scored.
+        front (`list[int]`): tokens that stand before every text (`text_tokens.py`); they count as context.
+        labelled (`list[bool]`, *optional*): which of `ids` are to be predicted; by default all.
     """
-    front, ids, labelled = encoded.front, encoded.ids, encoded.labelled
     context = max(window - stride, len(front), 1)
     step, before = window - context, context - len(front)
     length = window - len(front)

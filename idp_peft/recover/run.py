@@ -11,6 +11,7 @@ import transformers
 from peft import PeftModel
 from transformers import TrainingArguments, set_seed
 
+from idp_peft.chats import assistant_only
 from idp_peft.evaluation import environment
 from idp_peft.fingerprint import fingerprint
 from idp_peft.gradient_probe import probe_gradients
@@ -95,6 +96,8 @@ def recover(options, arguments: TrainingArguments) -> Path:
 def _check(options) -> None:
     if options.dataset == "self" and options.teacher is None:
         raise ValueError("`dataset` 'self' needs `teacher`: the model that the text is sampled from")
+    if options.dataset == "self" and options.assistant_only_loss:
+        raise ValueError("`assistant_only_loss` needs chats, and `dataset` 'self' is text: leave it out")
     if not 1 <= options.context_tokens < options.block_tokens:
         raise ValueError(
             f"`context_tokens` must be from 1 to block_tokens - 1 = {options.block_tokens - 1}, got {options.context_tokens}"
@@ -115,13 +118,8 @@ def _check_same_tokens(tokenizer, other) -> None:
 
 def _blocks(options, arguments: TrainingArguments, tokenizer) -> tuple[list[Block], list[Block]]:
     """Blocks to train on, and those kept for Trainer's evaluation (none unless it evaluates)."""
-    texts = load_texts(
-        options.dataset,
-        options.dataset_split,
-        options.text_column,
-        options.dataset_config,
-        options.assistant_only_loss,
-    )
+    texts = load_texts(options.dataset, options.dataset_split, options.text_column, options.dataset_config)
+    texts = assistant_only(texts) if options.assistant_only_loss else texts
     kept = _kept(len(texts), options, arguments)
     train, held = (
         blocks(tokenizer, part, options.block_tokens, options.min_tokens)
