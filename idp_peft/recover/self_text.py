@@ -37,9 +37,10 @@ def sample_blocks(teacher, tokenizer, count: int, length: int, seed: int, file: 
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(block) + "\n" for block in blocks))
     settings = _settings(teacher, tokenizer, length)
-    ends = set(settings.eos_token_id or ())
-    ordinary = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids) - ends))
-    front = torch.tensor([beginning(tokenizer)], dtype=torch.long)  # [1, front]
+    begin = beginning(tokenizer)
+    special = {*tokenizer.all_special_ids, *begin, *(settings.eos_token_id or ())}
+    ordinary = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - special))
+    front = torch.tensor([begin], dtype=torch.long)  # [1, front]
     with tqdm(total=count, initial=len(blocks), desc="sampling text from the teacher") as progress:
         while len(blocks) < count:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + len(blocks))
