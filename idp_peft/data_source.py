@@ -37,7 +37,7 @@ def load_table(source: str, split: str, config_name: str | None = None):
             return _loaded(source, datasets.load_from_disk, str(path))
         if (path / datasets.config.DATASETDICT_JSON_FILENAME).is_file():
             return _split(source, _loaded(source, datasets.load_from_disk, str(path)), split)
-        return _loaded(source, datasets.load_dataset, str(path), name=config_name, split=split)
+        return _loaded(source, datasets.load_dataset, str(path.resolve()), name=config_name, split=split)
     if files := _files(source, path):
         name, arguments = _format(source, files)
         return _loaded(source, datasets.load_dataset, name, data_files=files, split="train", **arguments)
