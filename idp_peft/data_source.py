@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
-from idp_peft.error_reason import reason
+from idp_peft.error_reason import missing, reason
 
 _COMMON = ".jsonl, .json, .parquet, .csv, .tsv, .txt, .arrow"
 _OWN_FORMATS = {".text": "text"}  # what `datasets` does not know by its name
@@ -96,6 +96,8 @@ def _datasets():
     try:
         import datasets
     except ImportError as error:
-        raise ImportError('reading datasets needs the `datasets` package: pip install "idp-peft[recover]"') from error
+        raise missing(
+            'reading datasets needs the `datasets` package: pip install "idp-peft[recover]"', error
+        ) from error
     datasets.disable_progress_bars()
     return datasets

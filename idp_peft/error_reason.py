@@ -25,3 +25,14 @@ def reason(error: BaseException) -> str:
             texts.append(text)
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return ": ".join(texts)
+
+
+def missing(text: str, error: ImportError) -> ImportError:
+    """The error that asks to install a library, with the import's own words where the library is there and does not work.
+
+    Args:
+        text (`str`): what needs it, and the command that installs it.
+        error (`ImportError`): as it was caught.
+    """
+    is_broken = error.__cause__ is not None or not (error.name is None or isinstance(error, ModuleNotFoundError))
+    return ImportError(f"{text} ({reason(error)})" if is_broken else text)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from idp_peft.error_reason import reason
 from idp_peft.layer_gradient import device_of, kind_of, layer_error, linear_layers
 
 # Relative. In float32, rounding makes 1e-6 of difference. bfloat16 rounds by up to 0.4 %, in the output, the gradient and
@@ -163,7 +164,7 @@ def _token_ids(model: nn.Module, token_ids) -> torch.Tensor:
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+    return f"{type(error).__name__}: {reason(error)}"
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ datasets = pytest.importorskip("datasets")
 # `w62 .. w63` around a user's words, `w64 .. <s>` around the assistant's.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}w64 {% generation %}{{ message['content'] }} <s> {% endgeneration %}"
+    "{% if message['role'] == 'assistant' %}w64 {% generation %}{{ message['content'] }} <s>{% endgeneration %} "
     "{% else %}w62 {{ message['content'] }} w63 {% endif %}"
     "{% endfor %}{% if add_generation_prompt %}w64 {% endif %}"
 )

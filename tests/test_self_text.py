@@ -16,6 +16,7 @@ from tests.tiny import VOCAB, tiny
 from tests.tokenizers_in_use import IN_USE, make
 
 LENGTH, COUNT = 24, 16
+TOKENS = set(range(VOCAB))
 
 
 def teacher_of(**generation):
@@ -70,7 +71,7 @@ def test_a_text_is_what_the_teacher_writes_up_to_the_first_of_its_ends(name, tmp
     generation, build, ends = ENDS[name]
     teacher, tokenizer = teacher_of(**generation), build()
     before = teacher.generation_config.to_dict()
-    found = sample_blocks(teacher, tokenizer, COUNT, LENGTH, 5, tmp_path / "text.jsonl")
+    found = sample_blocks(teacher, tokenizer, TOKENS, COUNT, LENGTH, 5, tmp_path / "text.jsonl")
     assert teacher.generation_config.to_dict() == before
     assert found == written_out(teacher, tokenizer, ends, 5)
     assert len({len(block) for block in found}) > 1 or len(ends) < 2, "some texts end early"
@@ -90,8 +91,8 @@ REWEIGHTED = [
 
 @pytest.mark.parametrize("generation", REWEIGHTED, ids=[next(iter(one)) for one in REWEIGHTED])
 def test_what_a_teacher_prefers_in_a_chat_does_not_reweight_its_text(generation, tmp_path):
-    plain = sample_blocks(teacher_of(), make(), COUNT, LENGTH, 0, tmp_path / "plain.jsonl")
-    found = sample_blocks(teacher_of(**generation), make(), COUNT, LENGTH, 0, tmp_path / "found.jsonl")
+    plain = sample_blocks(teacher_of(), make(), TOKENS, COUNT, LENGTH, 0, tmp_path / "plain.jsonl")
+    found = sample_blocks(teacher_of(**generation), make(), TOKENS, COUNT, LENGTH, 0, tmp_path / "found.jsonl")
     assert found == plain
 
 
@@ -100,7 +101,7 @@ def test_rows_of_the_teachers_table_that_are_no_token_are_never_drawn(tmp_path):
     teacher.resize_token_embeddings(VOCAB + 400, mean_resizing=False)
     with torch.no_grad():
         teacher.lm_head.weight[VOCAB:] = teacher.lm_head.weight[5]
-    found = sample_blocks(teacher, make(), COUNT, LENGTH, 0, tmp_path / "text.jsonl")
+    found = sample_blocks(teacher, make(), TOKENS, COUNT, LENGTH, 0, tmp_path / "text.jsonl")
     assert max(max(block) for block in found) < VOCAB
 
 

@@ -39,7 +39,7 @@ def of_the_study(tokenizer, tmp_path):
 
 
 def sampled(tokenizer, tmp_path):
-    return sample_blocks(tiny("llama"), tokenizer, 10, LENGTH, 0, tmp_path / "self.jsonl")
+    return sample_blocks(tiny("llama"), tokenizer, set(range(VOCAB)), 10, LENGTH, 0, tmp_path / "self.jsonl")
 
 
 def of_calibration(tokenizer, tmp_path):

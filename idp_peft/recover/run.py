@@ -59,6 +59,7 @@ def recover(options, arguments: TrainingArguments) -> Path:
             _push(folder, arguments)
         return folder.adapter
     tokenizer = load_tokenizer(options.model)
+    tokens = set(tokenizer.get_vocab().values())
     if options.teacher is not None:
         _check_same_tokens(tokenizer, load_tokenizer(options.teacher))
     train, held = ([], []) if options.dataset == "self" else _blocks(options, arguments, tokenizer)
@@ -73,7 +74,7 @@ def recover(options, arguments: TrainingArguments) -> Path:
 
     folder.write("running", environment=environment(), gradient_probe=str(probe), base_sha256=before)
     if options.dataset == "self":
-        train, held = _sampled(options, arguments, teacher, tokenizer, folder)
+        train, held = _sampled(options, arguments, teacher, tokenizer, tokens, folder)
     model = _with_adapter(model, tokenizer, train, options, arguments, teacher)
     stop = StopAtSignal()
     trainer = _trainer(model, teacher, train, held, options, arguments, [stop])
@@ -138,9 +139,11 @@ def _kept(count: int, options, arguments: TrainingArguments) -> int:
     return max(1, round(options.eval_share * count)) if str(arguments.eval_strategy.value) != "no" else 0
 
 
-def _sampled(options, arguments, teacher, tokenizer, folder: RunFolder):
+def _sampled(options, arguments, teacher, tokenizer, tokens: set[int], folder: RunFolder):
     file = folder.path / "self_text.jsonl"
-    sampled = sample_blocks(teacher, tokenizer, options.self_samples, options.block_tokens, arguments.seed, file)
+    sampled = sample_blocks(
+        teacher, tokenizer, tokens, options.self_samples, options.block_tokens, arguments.seed, file
+    )
     front = len(beginning(tokenizer))
     long_enough = [Block(ids, front=front) for ids in sampled if len(ids) >= max(2, options.min_tokens)]
     kept = _kept(len(long_enough), options, arguments)

@@ -15,18 +15,21 @@ from idp_peft.text_tokens import beginning
 _BATCH = 8
 
 
-def sample_blocks(teacher, tokenizer, count: int, length: int, seed: int, file: Path) -> list[list[int]]:
+def sample_blocks(
+    teacher, tokenizer, tokens: set[int], count: int, length: int, seed: int, file: Path
+) -> list[list[int]]:
     """`count` blocks of token ids: what the tokenizer puts in front of every text, a random ordinary token, and what the
     teacher continues it with, drawn from its own distribution (temperature 1, nothing cut off or reweighted).
 
-    A text ends before the first token that ends a text, by the teacher's generation config or by the tokenizer. Padding,
-    and ids that are no token of the tokenizer, are never drawn.
+    A text ends before the first token that ends a text, by the teacher's generation config or by the tokenizer. Padding is
+    never drawn.
 
     Written to `file` as they come, one JSON list a line, so that an interrupted call goes on where it was.
 
     Args:
         teacher (`PreTrainedModel`): the dense model.
         tokenizer: its tokenizer.
+        tokens (`set[int]`): the ids that may come out; rows that pad a vocabulary are no tokens.
         count (`int`): how many blocks, at least 1.
         length (`int`): at most so many tokens each, those in front included; a text that the model ends sooner is shorter.
         seed (`int`): decides every token.
@@ -36,10 +39,10 @@ def sample_blocks(teacher, tokenizer, count: int, length: int, seed: int, file: 
     blocks = blocks[: len(blocks) // _BATCH * _BATCH]  # whole batches: a batch is drawn at once
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(block) + "\n" for block in blocks))
-    settings = _settings(teacher, tokenizer, length)
+    settings = _settings(teacher, tokenizer, tokens, length)
     begin = beginning(tokenizer)
     special = {*tokenizer.all_special_ids, *begin, *(settings.eos_token_id or ())}
-    ordinary = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - special))
+    ordinary = torch.tensor(sorted(tokens - special))
     front = torch.tensor([begin], dtype=torch.long)  # [1, front]
     with tqdm(total=count, initial=len(blocks), desc="sampling text from the teacher") as progress:
         while len(blocks) < count:
@@ -55,16 +58,14 @@ def sample_blocks(teacher, tokenizer, count: int, length: int, seed: int, file: 
     return blocks
 
 
-def _settings(teacher, tokenizer, length: int) -> GenerationConfig:
+def _settings(teacher, tokenizer, tokens: set[int], length: int) -> GenerationConfig:
     """Plain sampling. A text ends where the teacher's own config says so, too: models for chats have several tokens for
     that, and the tokenizer names one of them at most."""
     of_model = teacher.generation_config.eos_token_id
     of_model = of_model if isinstance(of_model, list) else [of_model]
     ends = sorted({token for token in (*of_model, tokenizer.eos_token_id) if token is not None})
     padding = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
-    drawn = set(tokenizer.get_vocab().values())
-    if tokenizer.pad_token_id not in ends:
-        drawn.discard(tokenizer.pad_token_id)
+    drawn = tokens - ({tokenizer.pad_token_id} - set(ends))
     return GenerationConfig(
         max_length=length,
         do_sample=True,
@@ -87,8 +88,9 @@ def _continue(teacher, first: torch.Tensor, settings: GenerationConfig, seed: in
         torch.manual_seed(seed)
         first = first.to(teacher.device)
         try:
-            teacher.generation_config = settings  # `generate` fills from it whatever a call leaves open
-            rows = teacher.generate(input_ids=first, attention_mask=torch.ones_like(first)).tolist()
+            teacher.generation_config = settings  # `generate` fills from it what its own argument leaves open
+            mask = torch.ones_like(first)
+            rows = teacher.generate(input_ids=first, attention_mask=mask, generation_config=settings).tolist()
         finally:
             teacher.generation_config = own
     return [_until(row, start, settings.eos_token_id or ()) for row in rows]

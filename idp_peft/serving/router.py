@@ -165,7 +165,7 @@ def _layer(source: PromptSource, name: str, load_model_kwargs: dict) -> IDPLayer
     try:
         bones = skeleton(name)
     except BaseNotFound as error:
-        reason = str(error).partition(": pass")[0]
+        reason = str(error).rpartition(": pass")[0]
         raise FileNotFoundError(f"{reason}: pass `base`, the folder or Hub id where that model is now") from error
     layers = _layers_needed(config, find_decoder(bones))
     with _without_report():
