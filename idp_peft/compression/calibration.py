@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from idp_peft.chats import Chat
-from idp_peft.text_tokens import beginning, encode
+from idp_peft.texts.chats import Chat
+from idp_peft.texts.tokens import beginning, encode
 
 # Chunks are drawn from a pool so many times larger, so that one long text cannot fill them all.
 _POOL = 8

@@ -13,10 +13,10 @@ from collections import Counter
 import torch
 from tqdm.auto import tqdm
 
-from idp_peft.chats import Chat
 from idp_peft.evaluation.prompted import check_prompt_id, idp_layer, input_logits, num_prompts, pad_right
 from idp_peft.evaluation.windows import Window, check_window, cut
-from idp_peft.text_tokens import encode
+from idp_peft.texts.chats import Chat
+from idp_peft.texts.tokens import encode
 
 
 def score_documents(

@@ -25,7 +25,7 @@ from idp_peft.evaluation.prompted import (
     virtual_tokens,
 )
 from idp_peft.evaluation.requests import Request, Row, group, rows, shared_context
-from idp_peft.text_tokens import ending, text_ids
+from idp_peft.texts.tokens import ending, text_ids
 
 register_model_type()
 # Rows of a choice where the harness finds its batch size by itself: a choice costs a fraction of one layer.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from idp_peft.chats import Chat
 from idp_peft.evaluation.documents import cut_texts, score_documents
 from idp_peft.evaluation.task_scores import sample_indices, score_tasks
+from idp_peft.texts.chats import Chat
 
 
 def evaluate_model(

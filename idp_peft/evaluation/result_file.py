@@ -7,12 +7,12 @@ import logging
 import time
 from pathlib import Path
 
-from idp_peft.chats import assistant_only
 from idp_peft.evaluation.description import describe
 from idp_peft.evaluation.environment import environment
 from idp_peft.evaluation.model_scores import evaluate_model
 from idp_peft.evaluation.task_loading import check_tasks
 from idp_peft.evaluation.windows import check_window
+from idp_peft.texts.chats import assistant_only
 from idp_peft.whole_file import write_whole
 
 logger = logging.getLogger(__name__)

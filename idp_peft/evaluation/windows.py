@@ -56,7 +56,7 @@ def cut(
         document (`int`): its number.
         ids (`list[int]`): its tokens.
         window, stride (`int`): tokens of a window, and how many at its end are scored.
-        front (`list[int]`): tokens that stand before every text (`text_tokens.py`); they count as context.
+        front (`list[int]`): tokens that stand before every text (`texts/tokens.py`); they count as context.
         labelled (`list[bool]`, *optional*): which of `ids` are to be predicted; by default all.
     """
     context = max(window - stride, len(front), 1)

@@ -11,7 +11,6 @@ import transformers
 from peft import PeftModel
 from transformers import TrainingArguments, set_seed
 
-from idp_peft.chats import assistant_only
 from idp_peft.evaluation import environment
 from idp_peft.fingerprint import fingerprint
 from idp_peft.gradient_probe import probe_gradients
@@ -26,7 +25,8 @@ from idp_peft.recover.self_text import sample_blocks
 from idp_peft.recover.stopping import StopAtSignal
 from idp_peft.recover.training import make_trainer, training_examples
 from idp_peft.text_data import Block, blocks, load_texts
-from idp_peft.text_tokens import beginning
+from idp_peft.texts.chats import assistant_only
+from idp_peft.texts.tokens import beginning
 
 logger = logging.getLogger(__name__)
 
@@ -128,8 +128,8 @@ def _blocks(options, arguments: TrainingArguments, tokenizer) -> tuple[list[Bloc
     )
     if not train:
         raise ValueError(
-            f"`dataset` {options.dataset!r} has no text of `min_tokens`={options.min_tokens} tokens to train on, and no chat "
-            f"with something to predict in its first `block_tokens`={options.block_tokens}"
+            f"`dataset` {options.dataset!r} has no document of `min_tokens`={options.min_tokens} tokens to train on (of chats: "
+            f"none with something to predict in its first `block_tokens`={options.block_tokens})"
         )
     logger.info("%d training blocks of at most %d tokens", len(train), options.block_tokens)
     return train, held

@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from idp_peft.text_tokens import beginning
+from idp_peft.texts.tokens import beginning
 
 _BATCH = 8
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from idp_peft.error_reason import reason
-from idp_peft.text_tokens import Encoded, beginning, common_length, encode, without
+from idp_peft.texts.tokens import Encoded, beginning, common_length, encode, without
 
 _COLUMNS = (("messages",), ("conversations",), ("prompt", "completion"))
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for them
