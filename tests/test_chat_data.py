@@ -195,7 +195,7 @@ def test_rows_with_nothing_to_predict_are_left_out(tmp_path):
         {"prompt": "w5", "completion": ""},
         {"prompt": None, "completion": "w7"},
     ]
-    assert [one.prompt for one in documents(rows, tmp_path)] == ["w5", ""]
+    assert [one.prompt for one in documents(rows, tmp_path)] == ["w5", None]
 
 
 def test_fields_that_a_table_filled_with_nothing_are_not_there_for_the_template(tmp_path):
@@ -234,6 +234,11 @@ def test_fields_that_a_table_filled_with_nothing_are_not_there_for_the_template(
         ),
         ({"prompt": TURNS[:1], "completion": "w5"}, "text", "`completion` in row 0 of .* must be a list of messages"),
         ({"prompt": "w5", "completion": TURNS[1:2]}, "text", "`prompt` in row 0 of .* must be a list of messages"),
+        (
+            {"messages": TURNS, "tools": "w5"},
+            "text",
+            "`tools` in row 0 of .* must be a list, or the JSON of one: Expecting",
+        ),
         (
             {
                 "messages": [
@@ -290,7 +295,10 @@ def test_a_chat_is_one_example_and_left_out_where_its_prompt_fills_the_block():
     assert [block.ids for block in found] == [[20] + [31] * 7]
 
 
-def test_a_completion_without_a_prompt_is_read_as_a_text_is():
+def test_a_completion_without_a_prompt_is_read_as_a_text_is(tmp_path):
+    (chat,) = documents([{"prompt": [], "completion": TURNS}], tmp_path)
+    (block,) = blocks(tokenizer_of(CHAT_TEMPLATE), [chat], 16)
+    assert block.labelled is None
     (block,) = blocks(make("<s> $A"), [Chat(" ".join(f"w{i}" for i in range(10, 19)), "")], 16)
     (example,) = training_examples([block], 4)
     assert example["labels"] == [-100] * 4 + block.ids[4:]

@@ -103,14 +103,19 @@ def read_chat(row: Mapping, columns: tuple[str, ...], name: str) -> Chat | None:
     prompt, completion = row[before[0]] if before else None, row[last]
     if not completion:
         return None
-    if before and isinstance(completion, str) and isinstance(prompt or "", str):
-        prompt = prompt or ""
-    else:
+    is_text = bool(before) and isinstance(completion, str) and isinstance(prompt or "", str)
+    if not is_text:
         completion = _messages(completion, last, name)
-        prompt = _messages(prompt or [], before[0], name) if before else None
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    return Chat(completion, prompt, tools or None, row.get("chat_template_kwargs") or {}, name=name)
+        prompt = _messages(prompt, before[0], name) if prompt else None
+    return Chat(completion, prompt or None, _tools(row, name), row.get("chat_template_kwargs") or {}, name=name)
+
+
+def _tools(row: Mapping, name: str) -> list[dict] | None:
+    tools = row.get("tools") or None
+    try:
+        return json.loads(tools) or None if isinstance(tools, str) else tools
+    except ValueError as error:
+        raise ValueError(f"`tools` in {name} must be a list, or the JSON of one: {error}") from error
 
 
 def assistant_only(documents: list[str | Chat]) -> list[Chat]:
@@ -131,7 +136,7 @@ def has_messages(value) -> bool:
 
 
 def _messages(value, column: str, name: str) -> list[dict]:
-    if value and not has_messages(value):
+    if not has_messages(value):
         raise ValueError(
             f"`{column}` in {name} must be a list of messages with `role` and `content`, got {value!r:.60}"
         )
