@@ -295,6 +295,12 @@ def test_a_chat_is_one_example_and_left_out_where_its_prompt_fills_the_block():
     assert [block.ids for block in found] == [[20] + [31] * 7]
 
 
+def test_the_context_of_a_completion_is_its_prompt_however_short():
+    (block,) = blocks(make("<s> $A"), [Chat(" ".join(["", *["w31"] * 12]), "w20")], 16)
+    (example,) = training_examples([block], 6)
+    assert example["labels"] == [-100, -100, *[31] * 12, EOS]
+
+
 def test_a_completion_without_a_prompt_is_read_as_a_text_is(tmp_path):
     (chat,) = documents([{"prompt": [], "completion": TURNS}], tmp_path)
     (block,) = blocks(tokenizer_of(CHAT_TEMPLATE), [chat], 16)
