@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 import torch
@@ -339,6 +340,25 @@ def test_perplexity_scores_completions_alone_behind_what_stands_before_them(kind
             assert item["prompt"] == int(model.last_selection.prompt_ids[0])
     assert found["items"][6]["tokens"] == 2, "of a long one the windows with something to score"
     assert found["selection_reads"] == "context"
+
+
+def test_without_a_context_completions_still_choose_by_their_prompts(make):
+    model, tokenizer = make("llama"), tokenizer_of(CHAT_TEMPLATE)
+    draw = random.Random(0)
+    words = [[draw.randrange(4, 97) for _ in range(10)] for _ in range(20)]
+    pairs = [
+        Chat("".join(f" w{token}" for token in row[3:]), " ".join(f"w{token}" for token in row[:3])) for row in words
+    ]
+    found = score_documents(model, tokenizer, [*pairs, "w5 w6 w7"], window=12, stride=12)
+    assert found["selection_reads"] == "window", "the text's has no context"
+
+    def chosen(row: list[int]) -> int:
+        with torch.no_grad():
+            model(input_ids=torch.tensor([row]))
+        return int(model.last_selection.prompt_ids[0])
+
+    assert [item["prompt"] for item in found["items"][:20]] == [chosen(row[:3]) for row in words]
+    assert [chosen(row[:3]) for row in words] != [chosen([*row, EOS]) for row in words], "it would be seen"
 
 
 def test_windows_of_a_long_chat_score_each_wanted_token_once():
