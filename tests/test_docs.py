@@ -20,7 +20,9 @@ from transformers import PreTrainedTokenizerFast
 from idp_peft import IDPConfig
 from idp_peft_cli.parsing import WrongUseError, parse
 from tests.hub_server import HubServer, metadata_errors, only_hub
+from tests.test_chat_data import CHAT_TEMPLATE
 from tests.tiny import tiny
+from tests.tokenizers_in_use import BOS, IN_USE, make
 
 for library in ("accelerate", "datasets", "matplotlib", "pandas"):
     pytest.importorskip(library)
@@ -119,6 +121,33 @@ def test_the_page_on_patterns_runs(tmp_path, monkeypatch):
     assert names["tokens"].shape == (sum(map(len, names["texts"])), 32)
     assert repr(names["same"]) == repr(names["recorded"])
     assert names["recorded"].prompt_ids == {"forced": [0, 0]}
+
+
+def test_the_page_on_texts_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = make("<s> $A")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained("base")
+    turns = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7 w8"}]
+    Path("texts.jsonl").write_text(json.dumps({"text": " ".join(["w9"] * 600)}))
+    Path("chats.jsonl").write_text(json.dumps({"messages": turns}))
+    names: dict = {}
+    for number, code in enumerate(blocks((DOCS / "texts.md").read_text(encoding="utf-8"), "python"), 1):
+        exec(compile(code, f"texts.md, block {number}", "exec"), names)
+        if number == 1:
+            assert names["blocks"] == [[BOS] + [9] * 255] * 2
+    assert names["predicted"] == "w7 w8 <s>"
+
+
+def test_the_targets_of_a_page_hold_no_token_that_a_tokenizer_puts_around_texts():
+    (code,) = [code for code in blocks(ECOSYSTEM, "python") if "def encode" in code]
+    for build, front, _ in IN_USE.values():
+        names = {"tokenizer": build()}
+        exec(re.search(r"^def encode.*?\n\n", code, re.DOTALL | re.MULTILINE).group(), names)
+        row = names["encode"]("w5 w6", "w7")
+        assert row["labels"][-1] == 7
+        assert row["input_ids"][: len(front)] == front
+        assert [label for label in row["labels"] if label != -100] == [7]
 
 
 def commands(page: str) -> list[list[str]]:

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader
 
+from idp_peft.texts.chats import Chat, chat_columns, read_chat
+from idp_peft.texts.tokens import encode
+
 IGNORED = -100
 _COLUMNS = ("input_ids", "attention_mask", "labels", "selection_mask")
 _PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED, "selection_mask": 0}
@@ -31,9 +34,9 @@ def read_examples(
     """The examples of a dataset, checked one by one.
 
     Args:
-        dataset: a `datasets.Dataset`, rows (`dict` with `input_ids` or, with a `tokenizer`, `text`), texts, or a
-            `DataLoader` of batches.
-        tokenizer (*optional*): for texts.
+        dataset: a `datasets.Dataset`, rows (`dict` with `input_ids` or, with a `tokenizer`, `text`, `messages`, or `prompt`
+            and `completion`), documents as `load_texts` returns them, or a `DataLoader` of batches.
+        tokenizer (*optional*): for texts and chats.
         group (`str` or sequence, *optional*): the column that says which group an example belongs to, or one value per
             example.
         max_examples (`int`, *optional*): the first so many alone.
@@ -94,17 +97,19 @@ def _group(row, number: int, column: str | None):
 
 
 def _example(row, number: int, tokenizer, group) -> Example:
-    text = row if isinstance(row, str) else row.get("text") if isinstance(row, Mapping) else None
+    document = _document(row, number)
     if isinstance(row, Mapping) and "input_ids" in row:
         columns = {name: _integers(row[name], name, number) for name in _COLUMNS if row.get(name) is not None}
-    elif isinstance(text, str):
+    elif document is not None:
         if tokenizer is None:
-            raise ValueError(f"`tokenizer` must be given for texts, as example {number} is one")
-        columns = {"input_ids": tokenizer(text)["input_ids"]}
+            kind = "texts" if isinstance(document, str) else "chats"
+            raise ValueError(f"`tokenizer` must be given for {kind}, as example {number} is one")
+        columns = _encoded(document, tokenizer)
     else:
         has = f"the columns {sorted(row)}" if isinstance(row, Mapping) else f"a {type(row).__name__}"
         raise ValueError(
-            f"example {number} of `dataset` must have `input_ids`, or be a text or have `text`; it has {has}"
+            f"example {number} of `dataset` must have `input_ids`, be a text or a chat, or have `text`, `messages`, or `prompt` "
+            f"and `completion`; it has {has}"
         )
     columns.setdefault("attention_mask", [1] * len(columns["input_ids"]))
     lengths = {name: len(values) for name, values in columns.items()}
@@ -114,6 +119,28 @@ def _example(row, number: int, tokenizer, group) -> Example:
     if not any(real and may for real, may in zip(columns["attention_mask"], steers, strict=True)):
         raise ValueError(f"example {number} has no token to choose a prompt by: leave it out")
     return Example(**columns, group=group)
+
+
+def _document(row, number: int) -> str | Chat | None:
+    """The text or chat that a row is or holds."""
+    if isinstance(row, str | Chat):
+        return row
+    if not isinstance(row, Mapping):
+        return None
+    if isinstance(row.get("text"), str):
+        return row["text"]
+    columns = chat_columns(row)
+    return read_chat(row, columns, f"example {number} of `dataset`") if columns else None
+
+
+def _encoded(document: str | Chat, tokenizer) -> dict[str, list[int]]:
+    """Its tokens, and labels where it says what is to be predicted."""
+    (encoded,) = encode(tokenizer, [document])
+    ids = encoded.front + encoded.ids
+    if encoded.labelled is None:
+        return {"input_ids": ids}
+    wanted = [False] * len(encoded.front) + encoded.labelled
+    return {"input_ids": ids, "labels": [token if one else IGNORED for token, one in zip(ids, wanted, strict=True)]}
 
 
 def _integers(values, name: str, number: int) -> list[int]:

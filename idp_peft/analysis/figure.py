@@ -6,13 +6,15 @@ import io
 
 import numpy as np
 
+from idp_peft.error_reason import missing
+
 try:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 except ImportError as error:
-    raise ImportError("the report's figure needs matplotlib: pip install 'idp-peft[analysis]'") from error
+    raise missing("the report's figure needs matplotlib: pip install 'idp-peft[analysis]'", error) from error
 
 from idp_peft.report.drawing import STYLE
 

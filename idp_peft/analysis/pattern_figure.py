@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from idp_peft.error_reason import missing
+
 try:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 except ImportError as error:
-    raise ImportError("the comparison's figure needs matplotlib: pip install 'idp-peft[analysis]'") from error
+    raise missing("the comparison's figure needs matplotlib: pip install 'idp-peft[analysis]'", error) from error
 
 from idp_peft.analysis.figure import ReportFigure
 from idp_peft.report.drawing import STYLE

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from idp_peft.error_reason import missing
+
 
 def _pandas():
     try:
         import pandas
     except ImportError as error:
-        raise ImportError("the report's tables need pandas: pip install 'idp-peft[analysis]'") from error
+        raise missing("the report's tables need pandas: pip install 'idp-peft[analysis]'", error) from error
     return pandas
 
 

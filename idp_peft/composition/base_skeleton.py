@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from idp_peft.auto_class import built_from
 from idp_peft.composition.prompt_sources import PromptSource
 from idp_peft.decoder import embedding_width, find_decoder, has_changing_rotary, has_learned_positions
+from idp_peft.error_reason import reason
 
 
 class BaseNotFound(ValueError):
@@ -97,10 +98,9 @@ def _config(name: str) -> tuple[PreTrainedConfig, str]:
         where, gguf_file = find_model(name)
         return AutoConfig.from_pretrained(where, **({"gguf_file": gguf_file} if gguf_file else {})), where
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise BaseNotFound(
-            f"the base model {name!r} cannot be asked what it is ({reason}): pass `base_model=`, the loaded model or where "
-            "it lies now"
+            f"the base model {name!r} cannot be asked what it is ({reason(error)}): pass `base_model=`, the loaded model or "
+            "where it lies now"
         ) from error
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
@@ -16,6 +17,7 @@ from torch import nn
 
 from idp_peft.checkpoint import check_shapes, find_file
 from idp_peft.config import IDPConfig
+from idp_peft.error_reason import reason
 from idp_peft.prompt_ids import AUTO
 
 # What puts embeddings, and nothing else, in front of the input.
@@ -109,7 +111,9 @@ def _from_files(place: str) -> PromptSource:
     except ValueError as error:
         if f"'{CONFIG_NAME}'" not in str(error):
             raise
-        raise ValueError(f"there is no adapter at {place}: it is no folder or Hub id with an {CONFIG_NAME}") from error
+        raise ValueError(
+            f"there is no adapter at {place}: it is no folder or Hub id with an {CONFIG_NAME} ({reason(error)})"
+        ) from error
     _check_method(config, place)
     path = find_file(place, None, {}, SAFETENSORS_WEIGHTS_NAME)
     if path is None and find_file(place, None, {}, WEIGHTS_NAME) is not None:
@@ -118,13 +122,24 @@ def _from_files(place: str) -> PromptSource:
             f"and save it again, which writes {SAFETENSORS_WEIGHTS_NAME}"
         )
     if path is None:
-        raise ValueError(f"{place} holds no {SAFETENSORS_WEIGHTS_NAME}")
+        raise ValueError(f"{place} holds no {SAFETENSORS_WEIGHTS_NAME}{_why_not(place)}")
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read and may be truncated: {error}") from error
     stem = Path(place).resolve().name if os.path.isdir(place) else place.rpartition("/")[2]
     return _source(place, config, _prompts(config, tensors, place), stem)
+
+
+def _why_not(place: str) -> str:
+    """Why the weights of an adapter on the Hub are not to be had, in brackets; it need not be that there are none."""
+    if os.path.isdir(place):
+        return ""
+    try:
+        hf_hub_download(place, SAFETENSORS_WEIGHTS_NAME)
+    except Exception as error:  # of whichever HTTP library the hub library uses
+        return f" ({reason(error)})"
+    return ""
 
 
 def _source(label: str, config, prompts: list[torch.Tensor], stem: str, model=None) -> PromptSource:

@@ -19,6 +19,7 @@ from idp_peft.compression.measure import check_result, compressed_weights
 from idp_peft.compression.output_folder import check_free, whole_folder
 from idp_peft.compression.recipes import RECIPES, Recipe
 from idp_peft.compression.targets import check_fit, target_layers
+from idp_peft.texts.chats import Chat
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def compress(
     model: str,
     recipe: str,
     output_dir: str | Path,
-    texts: list[str] | None = None,
+    texts: list[str | Chat] | None = None,
     calibration_samples: int = 64,
     calibration_tokens: int = 256,
     group_size: int = 64,
@@ -49,7 +50,7 @@ def compress(
             rounded, which keeps its zeros, but not put through GPTQ, which loses some; a quantised one is refused.
         recipe (`str`): a name in `RECIPES`.
         output_dir (`str`): a new or empty folder. It appears when all is done and checked.
-        texts (`list[str]`, *optional*): calibration text; not read by the `rtn` recipes.
+        texts (`list[str | Chat]`, *optional*): calibration text; not read by the `rtn` recipes.
         calibration_samples (`int`, defaults to `64`): chunks that the model reads. Time is proportional to it.
         calibration_tokens (`int`, defaults to `256`): tokens of each chunk.
         group_size (`int`, defaults to `64`): neighbours in a row that share a scale; it must divide every layer's width.

@@ -1,7 +1,8 @@
 """Perplexity of documents over real tokens only, window by window, the same for every kind of model.
 
 The first `window - stride` tokens of a window are context: read, not scored, and all that an IDP model's choice may
-read. Prompt positions have no logits, so they never enter a mean.
+read. Of a chat that says what is to be predicted, that alone is scored, behind what stands before it. Prompt positions have
+no logits, so they never enter a mean.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from tqdm.auto import tqdm
 
 from idp_peft.evaluation.prompted import check_prompt_id, idp_layer, input_logits, num_prompts, pad_right
 from idp_peft.evaluation.windows import Window, check_window, cut
+from idp_peft.texts.chats import Chat
+from idp_peft.texts.tokens import encode
 
 
 def score_documents(
     model,
     tokenizer,
-    texts: list[str],
+    texts: list[str | Chat],
     window: int = 256,
     stride: int = 192,
     batch_size: int = 4,
@@ -31,11 +34,13 @@ def score_documents(
 
     Args:
         model: any causal language model, with or without an adapter.
-        tokenizer: its tokenizer; a beginning-of-sequence token that it adds stands before every window.
-        texts (`list[str]`): the documents. One with no token after its first context is left out.
+        tokenizer: its tokenizer; what it puts in front of every text stands before every window.
+        texts (`list[str | Chat]`): the documents, as `load_texts` returns them. One with nothing to score is left out: a text
+            with no token after its first context, a chat with nothing to predict.
         window (`int`, defaults to `256`): tokens of a window, at least 2.
         stride (`int`, defaults to `192`): tokens scored at the end of a window, from 1 to `window`. With
-            `stride == window` there is no context, and IDP's choice reads the scored window itself.
+            `stride == window` there is no context, and IDP's choice reads the scored window itself (but in front of a
+            completion its prompt).
         batch_size (`int`, defaults to `4`): windows per forward pass.
         prompt_id (`int` or `str`, *optional*): force this prompt of an IDP model, by number or name (-1: none); by default
             it chooses.
@@ -43,7 +48,8 @@ def score_documents(
         each_prompt (`bool`): score with every prompt of the bank forced as well (`nats_by_prompt`).
 
     Returns:
-        `dict`: `window`, `stride`, `nats_per_token`, `perplexity`, `selection_reads` (`"context"` or `"window"`) and `items`,
+        `dict`: `window`, `stride`, `nats_per_token`, `perplexity`, `selection_reads` (`"context"`, or `"window"` where
+            choices read what is scored) and `items`,
         one per document: `id`, `nats` (summed), `tokens`, `prompt` (the one chosen for most of its windows, the lowest
         in a tie; `None` without a choice), and where its windows chose different ones, all of them as `prompts`.
 
@@ -52,7 +58,7 @@ def score_documents(
     """
     prompt_id = check_prompt_id(model, prompt_id)
     windows = cut_texts(tokenizer, texts, window, stride)
-    reads_window = stride == window
+    reads_window = stride == window and not all(part.has_context for part in windows)
     nats, prompts = _score(model, windows, batch_size, reads_window, prompt_id, "perplexity")
     names = ids if ids is not None else [str(number) for number in range(len(texts))]
     items = _items(windows, names, nats, prompts)
@@ -72,22 +78,25 @@ def score_documents(
     }
 
 
-def cut_texts(tokenizer, texts: list[str], window: int, stride: int) -> list[Window]:
+def cut_texts(tokenizer, texts: list[str | Chat], window: int, stride: int) -> list[Window]:
     """Windows of all documents, in their order.
 
     Raises:
         `ValueError`: for a wrong window or stride, or where no document has a token to score.
     """
     check_window(window, stride)
-    bos = tokenizer.bos_token_id
-    front = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    windows = [part for number, ids in enumerate(encoded) for part in cut(number, ids, window, stride, front)]
+    encoded = encode(tokenizer, texts)
+    windows = [
+        part
+        for number, document in enumerate(encoded)
+        for part in cut(number, document.ids, window, stride, document.front, document.labelled)
+    ]
     if not windows:
-        longest = max(map(len, encoded), default=0)
+        longest = max((len(document.ids) for document in encoded), default=0)
+        front = len(encoded[0].front) if encoded else 0
         raise ValueError(
             f"no text has a token to score: with window={window} and stride={stride} it must be longer than "
-            f"{max(window - stride, 1) - len(front)} tokens, the longest of {len(texts)} has {longest}"
+            f"{max(window - stride, 1) - front} tokens, the longest of {len(texts)} has {longest}"
         )
     return windows
 
@@ -116,14 +125,16 @@ def _score_batch(
     model, layer, windows: list[Window], reads_window: bool, prompt_id: int | None
 ) -> tuple[list[float], list[int] | None]:
     ids, mask = pad_right([part.tokens for part in windows], model.device)
-    scored = mask.bool()
+    scored, steers = torch.zeros_like(mask, dtype=torch.bool), mask.bool()
     for row, part in enumerate(windows):
-        scored[row, : part.context] = False
+        scored[row, : len(part.scored)] = torch.tensor(part.scored)
+        if part.has_context or not reads_window:
+            steers[row, part.context :] = False
     idp = {}
     if layer is not None and prompt_id is not None:
         idp["prompt_ids"] = torch.full((len(windows),), prompt_id)
     elif layer is not None:
-        idp["selection_mask"] = mask.bool() if reads_window else mask.bool() & ~scored
+        idp["selection_mask"] = steers
     logits = input_logits(model, ids, mask, **idp)  # [B, n, V]
     nats = []
     for row in range(len(windows)):
@@ -143,7 +154,7 @@ def _items(windows: list[Window], names: list[str], nats: list[float], prompts: 
             part.document, {"id": str(names[part.document]), "nats": 0.0, "tokens": 0, "prompt": None}
         )
         item["nats"] += nats[index]
-        item["tokens"] += len(part.tokens) - part.context
+        item["tokens"] += sum(part.scored)
         if prompts is not None:
             chosen.setdefault(part.document, []).append(prompts[index])
     for document, of_windows in chosen.items():

@@ -25,6 +25,7 @@ from idp_peft.evaluation.prompted import (
     virtual_tokens,
 )
 from idp_peft.evaluation.requests import Request, Row, group, rows, shared_context
+from idp_peft.texts.tokens import ending, text_ids
 
 register_model_type()
 # Rows of a choice where the harness finds its batch size by itself: a choice costs a fraction of one layer.
@@ -41,7 +42,9 @@ class HarnessModel(HFLM):
         3. Prompt positions are taken off the model's length before over-long requests are cut at the left.
         4. PEFT's own prompt methods generate one row at a time: they are wrong in left-padded batches.
         5. Each task is scored by itself, so that its numbers do not depend on the tasks it runs together with.
-        6. A rolling text (perplexity tasks) is cut as the harness cuts it, and each window chooses by what it reads and
+        6. Contexts begin with what the tokenizer puts in front of every text, as the harness has it, and end where they end:
+            a token that the tokenizer puts behind every text would stand between a context and its answer.
+        7. A rolling text (perplexity tasks) is cut as the harness cuts it, and each window chooses by what it reads and
            does not score: the prefix token for the first, the token before it for a further one, more for the last.
 
     Args:
@@ -205,10 +208,19 @@ class HarnessModel(HFLM):
                 self.prompts[request.task_name, request.doc_id] = self._prompt_of[request.args[0]]
         return answers
 
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, left_truncate_len=None, **kwargs):
+        if add_special_tokens is not None or self.add_bos_token is False:
+            return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+        return text_ids(self.tokenizer, string)[-(left_truncate_len or 0) :]
+
     def tok_batch_encode(self, strings: list[str], *args, **kwargs):
         # The harness encodes a batch and then generates on it: these are the contexts of the next `_model_generate`.
         self._strings = list(strings)
-        return super().tok_batch_encode(strings, *args, **kwargs)
+        ids, mask = super().tok_batch_encode(strings, *args, **kwargs)
+        end = torch.tensor(ending(self.tokenizer), dtype=ids.dtype)
+        if len(end) and (ids[:, -len(end) :] == end).all():
+            return ids[:, : -len(end)], mask[:, : -len(end)]
+        return ids, mask
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs) -> torch.Tensor:
         layer = idp_layer(self.model)

@@ -9,6 +9,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import get_dtype
 
+from idp_peft.error_reason import reason
 from idp_peft.evaluation.harness import HarnessModel
 from idp_peft.evaluation.harness_arguments import check_arguments, whole_number
 from idp_peft.evaluation.prompted import check_prompt_id, idp_layer
@@ -187,7 +188,7 @@ def _adapter_config(peft: str, revision: str | None):
     try:
         return PeftConfig.from_pretrained(peft, revision=revision)
     except (OSError, ValueError) as error:
-        raise ValueError(f"`peft` {peft!r} could not be loaded: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"`peft` {peft!r} could not be loaded: {reason(error)}") from error
 
 
 def _with_adapter(model, peft: str, revision: str | None):

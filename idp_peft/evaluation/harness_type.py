@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from idp_peft.error_reason import missing
+
 MODEL_TYPE = "idp"
 _TARGET = "idp_peft.evaluation.harness_by_name:HarnessModelByName"
 
@@ -17,7 +19,9 @@ def register_model_type() -> None:
         import lm_eval.models  # noqa: F401  (the registry fills itself only while it is empty)
         from lm_eval.api.registry import model_registry
     except ImportError as error:
-        raise ImportError("the model type 'idp' needs lm-evaluation-harness: pip install 'idp-peft[eval]'") from error
+        raise missing(
+            "the model type 'idp' needs lm-evaluation-harness: pip install 'idp-peft[eval]'", error
+        ) from error
     holder = dict(model_registry.items()).get(MODEL_TYPE)
     if holder is None:
         model_registry.register(MODEL_TYPE, target=_TARGET)

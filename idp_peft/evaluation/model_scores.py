@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from idp_peft.evaluation.documents import cut_texts, score_documents
 from idp_peft.evaluation.task_scores import sample_indices, score_tasks
+from idp_peft.texts.chats import Chat
 
 
 def evaluate_model(
     model,
     tokenizer,
     *,
-    texts: list[str] | None = None,
+    texts: list[str | Chat] | None = None,
     dataset: str = "text",
     tasks=(),
     limit: int | None = None,
@@ -25,7 +26,7 @@ def evaluate_model(
     Args:
         model: any causal language model: dense, compressed, or with an adapter.
         tokenizer: its tokenizer.
-        texts (`list[str]`, *optional*): documents for perplexity; left out: not measured.
+        texts (`list[str | Chat]`, *optional*): documents for perplexity; left out: not measured.
         dataset (`str`, defaults to `"text"`): what to call them in the result.
         tasks (`list[str]` or comma-separated `str`): local tasks, the harness's own, or `all_local`.
         limit (`int`, *optional*): at most so many documents (of those long enough to be scored), and questions of each

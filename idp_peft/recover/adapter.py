@@ -11,6 +11,8 @@ from torch import nn
 
 from idp_peft.recover.intact_prefix import start_prefix
 from idp_peft.recover.methods import method_config, prefix_parameters_per_token
+from idp_peft.text_data import Block
+from idp_peft.texts.tokens import common_length, without
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +50,23 @@ def corpus_starts(tokenizer, blocks: list[list[int]], options) -> list[str]:
     return [tokenizer.decode(blocks[i][: options.num_virtual_tokens]) for i in chosen]
 
 
+def starting_texts(blocks: list[Block]) -> list[list[int]]:
+    """Token ids of the blocks that prompts may start at.
+
+    Chats go without what all of them have in common at their beginning, as a rule a system message: prompts that start
+    alike are chosen alike, and stay alike.
+    """
+    shared = common_length([block.ids for block in blocks]) if len(blocks) > 1 and blocks[0].is_chat else 0
+    texts = []
+    for block in blocks:
+        own = block.ids[max(shared, block.front) :] or block.ids[block.front :]
+        texts.append(block.ids[: block.front] + own)
+    return texts
+
+
 def opening(tokenizer, blocks: list[list[int]], count: int) -> list[int]:
     """`count` tokens that a prefix starts at: the beginning-of-sequence token, where there is one, then training blocks in
     random order. Drawn from torch's global generator."""
     front = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    shuffled = itertools.chain.from_iterable(blocks[i] for i in torch.randperm(len(blocks)).tolist())
+    shuffled = itertools.chain.from_iterable(without(front, blocks[i]) for i in torch.randperm(len(blocks)).tolist())
     return list(itertools.islice(itertools.chain(front, shuffled), count))

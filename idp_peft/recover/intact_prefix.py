@@ -20,7 +20,8 @@ def intact_prefix(model: nn.Module, dense: nn.Module, token_ids: list[int]) -> P
         repaired = intact_prefix(model, dense, [tokenizer.bos_token_id])
 
     Args:
-        model (`PreTrainedModel`): the compressed model. Its inputs begin at position k then, without these tokens.
+        model (`PreTrainedModel`): the compressed model. Its inputs begin at position k then. They are what they are
+            without a prefix: where the tokenizer puts a beginning-of-sequence token in front of every text, it stays there.
         dense (`PreTrainedModel`): the model that it was; not needed afterwards.
         token_ids (`list[int]`): k tokens, at least 1. The beginning-of-sequence token alone is what IntactKV proposes.
 

@@ -17,14 +17,16 @@ from idp_peft.gradient_probe import probe_gradients
 from idp_peft.hub.adapter_folder import push_adapter
 from idp_peft.hub.push import PushError
 from idp_peft.loading import accepted_by_trainer, load_model, load_tokenizer
-from idp_peft.recover.adapter import with_adapter
+from idp_peft.recover.adapter import starting_texts, with_adapter
 from idp_peft.recover.distillation import check_distillation
 from idp_peft.recover.methods import LEARNING_RATES
 from idp_peft.recover.run_folder import RunFolder
 from idp_peft.recover.self_text import sample_blocks
 from idp_peft.recover.stopping import StopAtSignal
 from idp_peft.recover.training import make_trainer, training_examples
-from idp_peft.text_data import load_texts, token_blocks
+from idp_peft.text_data import Block, blocks, load_texts
+from idp_peft.texts.chats import assistant_only
+from idp_peft.texts.tokens import beginning
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ def recover(options, arguments: TrainingArguments) -> Path:
             _push(folder, arguments)
         return folder.adapter
     tokenizer = load_tokenizer(options.model)
+    tokens = set(tokenizer.get_vocab().values())
     if options.teacher is not None:
         _check_same_tokens(tokenizer, load_tokenizer(options.teacher))
     train, held = ([], []) if options.dataset == "self" else _blocks(options, arguments, tokenizer)
@@ -71,7 +74,7 @@ def recover(options, arguments: TrainingArguments) -> Path:
 
     folder.write("running", environment=environment(), gradient_probe=str(probe), base_sha256=before)
     if options.dataset == "self":
-        train, held = _sampled(options, arguments, teacher, tokenizer, folder)
+        train, held = _sampled(options, arguments, teacher, tokenizer, tokens, folder)
     model = _with_adapter(model, tokenizer, train, options, arguments, teacher)
     stop = StopAtSignal()
     trainer = _trainer(model, teacher, train, held, options, arguments, [stop])
@@ -94,6 +97,8 @@ def recover(options, arguments: TrainingArguments) -> Path:
 def _check(options) -> None:
     if options.dataset == "self" and options.teacher is None:
         raise ValueError("`dataset` 'self' needs `teacher`: the model that the text is sampled from")
+    if options.dataset == "self" and options.assistant_only_loss:
+        raise ValueError("`assistant_only_loss` needs chats, and `dataset` 'self' is text: leave it out")
     if not 1 <= options.context_tokens < options.block_tokens:
         raise ValueError(
             f"`context_tokens` must be from 1 to block_tokens - 1 = {options.block_tokens - 1}, got {options.context_tokens}"
@@ -112,17 +117,19 @@ def _check_same_tokens(tokenizer, other) -> None:
         )
 
 
-def _blocks(options, arguments: TrainingArguments, tokenizer) -> tuple[list[list[int]], list[list[int]]]:
+def _blocks(options, arguments: TrainingArguments, tokenizer) -> tuple[list[Block], list[Block]]:
     """Blocks to train on, and those kept for Trainer's evaluation (none unless it evaluates)."""
     texts = load_texts(options.dataset, options.dataset_split, options.text_column, options.dataset_config)
+    texts = assistant_only(texts) if options.assistant_only_loss else texts
     kept = _kept(len(texts), options, arguments)
     train, held = (
-        token_blocks(tokenizer, part, options.block_tokens, options.min_tokens)
+        blocks(tokenizer, part, options.block_tokens, options.min_tokens)
         for part in (texts[: len(texts) - kept], texts[len(texts) - kept :])
     )
     if not train:
         raise ValueError(
-            f"`dataset` {options.dataset!r} has no document of `min_tokens`={options.min_tokens} tokens to train on"
+            f"`dataset` {options.dataset!r} has no document of `min_tokens`={options.min_tokens} tokens to train on (of chats: "
+            f"none with something to predict in its first `block_tokens`={options.block_tokens})"
         )
     logger.info("%d training blocks of at most %d tokens", len(train), options.block_tokens)
     return train, held
@@ -132,19 +139,26 @@ def _kept(count: int, options, arguments: TrainingArguments) -> int:
     return max(1, round(options.eval_share * count)) if str(arguments.eval_strategy.value) != "no" else 0
 
 
-def _sampled(options, arguments, teacher, tokenizer, folder: RunFolder):
+def _sampled(options, arguments, teacher, tokenizer, tokens: set[int], folder: RunFolder):
     file = folder.path / "self_text.jsonl"
-    blocks = sample_blocks(teacher, tokenizer, options.self_samples, options.block_tokens, arguments.seed, file)
-    blocks = [block for block in blocks if len(block) >= max(2, options.min_tokens)]
-    kept = _kept(len(blocks), options, arguments)
-    return blocks[: len(blocks) - kept], blocks[len(blocks) - kept :]
+    sampled = sample_blocks(
+        teacher, tokenizer, tokens, options.self_samples, options.block_tokens, arguments.seed, file
+    )
+    front = len(beginning(tokenizer))
+    long_enough = [Block(ids, front=front) for ids in sampled if len(ids) >= max(2, options.min_tokens)]
+    kept = _kept(len(long_enough), options, arguments)
+    if len(long_enough) <= kept:
+        raise ValueError(
+            f"`dataset` 'self': of {len(sampled)} texts that `teacher` {options.teacher!r} wrote, {len(long_enough)} have "
+            f"`min_tokens`={options.min_tokens} tokens, which leaves none to train on: give more `self_samples`, or lower "
+            "`min_tokens`"
+        )
+    return long_enough[: len(long_enough) - kept], long_enough[len(long_enough) - kept :]
 
 
-def _with_adapter(
-    model, tokenizer, blocks: list[list[int]], options, arguments: TrainingArguments, teacher
-) -> PeftModel:
+def _with_adapter(model, tokenizer, train: list[Block], options, arguments: TrainingArguments, teacher) -> PeftModel:
     set_seed(arguments.seed)  # the prompts' start depends on the seed alone
-    model = with_adapter(model, tokenizer, blocks, options, teacher)
+    model = with_adapter(model, tokenizer, starting_texts(train), options, teacher)
     logger.info("%d trainable parameters", model.get_nb_trainable_parameters()[0])
     return model
 

@@ -65,7 +65,7 @@ class RunFolder:
         self.record: dict = {"format": 1, "status": "new", "settings": self.settings}
         if self.file.is_file():
             self.record = json.loads(self.file.read_text(encoding="utf-8"))
-            self._check_same()
+            self._check_same(options)
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ValueError(f"`output_dir` {str(self.path)!r} must be new, empty or a run to go on with")
 
@@ -90,8 +90,10 @@ class RunFolder:
         self.record |= {"status": status, **more}
         write_whole(self.file, json.dumps(self.record, indent=1) + "\n")
 
-    def _check_same(self) -> None:
-        before = self.record["settings"]
+    def _check_same(self, options) -> None:
+        # An option that did not exist then had no other value than its default.
+        defaults = {field.name: field.default for field in dataclasses.fields(options)}
+        before = defaults | self.record["settings"]
         names = [name for name in {**before, **self.settings} if before.get(name) != self.settings.get(name)]
         if names:
             changes = ", ".join(f"{name}: {before.get(name)!r}, now {self.settings.get(name)!r}" for name in names)

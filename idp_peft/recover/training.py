@@ -7,23 +7,32 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from idp_peft.recover.distillation import DistillationTrainer
+from idp_peft.text_data import Block
 
 _IGNORED = -100
 
 
-def training_examples(blocks: list[list[int]], context_tokens: int) -> list[dict[str, list[int]]]:
+def training_examples(blocks: list[Block | list[int]], context_tokens: int) -> list[dict[str, list[int]]]:
     """Examples with labels on what follows each block's context.
 
+    The context is what IDP's choice reads, in training as in evaluation. Where a block says what is to be predicted, it is
+    what stands before the first such token. Where all is to be predicted, it is the first `context_tokens`, or half of a
+    block that is too short for that.
+
     Args:
-        blocks (`list[list[int]]`): token ids.
-        context_tokens (`int`): tokens at the front of each block that are read but not predicted; half of a block that is
-            too short for that. IDP's choice reads these alone, in training as in evaluation.
+        blocks (`list[Block]` or `list[list[int]]`): blocks of documents, or token ids that are all to be predicted.
+        context_tokens (`int`): tokens at the front of such a block that are read but not predicted.
     """
-    examples = []
-    for ids in blocks:
-        context = min(context_tokens, len(ids) // 2)
-        examples.append({"input_ids": ids, "labels": [_IGNORED] * context + ids[context:]})
-    return examples
+    return [_example(block if isinstance(block, Block) else Block(block), context_tokens) for block in blocks]
+
+
+def _example(block: Block, context_tokens: int) -> dict[str, list[int]]:
+    ids, labelled = block.ids, block.labelled or [True] * len(block.ids)
+    context = labelled.index(True)
+    if context <= block.front:  # nothing of its own stands before what is to be predicted
+        context = max(min(context_tokens, len(ids) // 2), block.front)
+    scored = [position >= context and wanted for position, wanted in enumerate(labelled)]
+    return {"input_ids": ids, "labels": [token if one else _IGNORED for token, one in zip(ids, scored, strict=True)]}
 
 
 def collate(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:

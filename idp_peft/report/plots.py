@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from idp_peft.error_reason import missing
 from idp_peft.report.analysis import MEAN, Analysis
 from idp_peft.report.drawing import STYLE, Figure, finish, legend, look_of, marker, panels, short
 
@@ -22,7 +23,7 @@ def figures(analysis: Analysis) -> dict[str, Figure]:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("the report's figures need matplotlib: pip install 'idp-peft[report]'") from error
+        raise missing("the report's figures need matplotlib: pip install 'idp-peft[report]'", error) from error
     from matplotlib import style
 
     drawn = {}

@@ -151,7 +151,7 @@ def _layer(source: PromptSource, name: str, load_model_kwargs: dict) -> IDPLayer
     try:
         bones = skeleton(name)
     except BaseNotFound as error:
-        reason = str(error).partition(": pass")[0]
+        reason = str(error).rpartition(": pass")[0]
         raise FileNotFoundError(f"{reason}: pass `base`, the folder or Hub id where that model is now") from error
     decoder = find_decoder(bones)
     layers = kept = _layers_needed(config, decoder)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from idp_peft.error_reason import missing
 from idp_peft.serving.exported import ExportedModel
 from idp_peft.serving.prompted_request import RequestPrompter
 from idp_peft.serving.router import Router
@@ -62,7 +63,7 @@ def run_proxy(
 
         from idp_peft.serving.proxy import ProxySettings, proxy_app
     except ImportError as error:
-        raise ImportError('the proxy needs a web framework: pip install "idp-peft[serving]"') from error
+        raise missing('the proxy needs a web framework: pip install "idp-peft[serving]"', error) from error
     exported = ExportedModel.from_folder(model)
     settings = ProxySettings(
         engine.rstrip("/"),

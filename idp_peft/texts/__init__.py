@@ -1,0 +1,1 @@
+"""Datasets into documents, and documents into what a model reads of them."""
