@@ -33,6 +33,7 @@ from idp_peft.input_checks import (
     refuse_cache_under_checkpointing,
     refuse_lengths_by_layer,
     refuse_packed,
+    refuse_right_padding_by_hosts_generate,
     refuse_without_own_generate,
 )
 from idp_peft.prompt_cache import check_finite
@@ -135,6 +136,8 @@ class DecoderCall:
             call.seen = True
         past = int(cache.get_seq_length())
         mask = checked_mask(kwargs, batch, past + tokens, "the cache and the input")
+        if tokens > 1:  # further steps bring one token each, which is real
+            refuse_right_padding_by_hosts_generate(self.layer, mask)
         check_room(decoder, past + tokens, part.positions, mask)
         if kwargs.get("position_ids") is not None:
             positions = kwargs["position_ids"]
@@ -223,6 +226,7 @@ class DecoderCall:
         refuse_without_own_generate(self.layer, kwargs)
         refuse_lengths_by_layer(decoder)
         mask = checked_mask(kwargs, batch, tokens, "the input")
+        refuse_right_padding_by_hosts_generate(self.layer, mask)
         real = torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device) if mask is None else mask.bool()
         refuse_packed(kwargs, real)
         check_room(decoder, tokens, self.layer.active_bank.max_length, mask)

@@ -38,8 +38,13 @@ class Base:
 
     @property
     def folder(self) -> str:
-        """What to call its folder: a local base is somewhere else on every machine."""
+        """What to call its folder, or its GGUF file: a local base is somewhere else on every machine."""
         return Path(self.name).name if self.name else "base"
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is one file: GGUF models are."""
+        return self.quantization.get("quant_method") == "gguf"
 
     @property
     def formats(self) -> list[str]:
@@ -77,6 +82,8 @@ def base_of(name: str | None, model_config=None) -> Base:
     """
     if not name:
         return Base(quantization=_quantization(model_config))
+    if name.endswith(".gguf"):
+        return Base(name, quantization={"quant_method": "gguf"})
     folder = Path(name)
     written = _read_json(folder / "config.json") or {}
     quantization = written.get("quantization_config") or written.get("compression_config") or {}

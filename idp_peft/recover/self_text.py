@@ -11,7 +11,9 @@ from tqdm.auto import tqdm
 _BATCH = 8
 
 
-def sample_blocks(teacher, tokenizer, count: int, length: int, seed: int, file: Path) -> list[list[int]]:
+def sample_blocks(
+    teacher, tokenizer, tokens: set[int], count: int, length: int, seed: int, file: Path
+) -> list[list[int]]:
     """`count` blocks of token ids, each begun by a random ordinary token and continued by sampling.
 
     Written to `file` as they come, one JSON list a line, so that an interrupted call goes on where it was.
@@ -19,6 +21,7 @@ def sample_blocks(teacher, tokenizer, count: int, length: int, seed: int, file: 
     Args:
         teacher (`PreTrainedModel`): the dense model.
         tokenizer: its tokenizer.
+        tokens (`set[int]`): the ids that may come out; rows that pad a vocabulary are no tokens.
         count (`int`): how many blocks, at least 1.
         length (`int`): at most so many tokens each; a text that the model ends sooner is shorter.
         seed (`int`): decides every token.
@@ -28,13 +31,15 @@ def sample_blocks(teacher, tokenizer, count: int, length: int, seed: int, file: 
     blocks = blocks[: len(blocks) // _BATCH * _BATCH]  # whole batches: a batch is drawn at once
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(block) + "\n" for block in blocks))
-    ordinary = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
+    ordinary = torch.tensor(sorted(tokens - set(tokenizer.all_special_ids)))
+    never = sorted(set(range(teacher.config.get_text_config().vocab_size)) - tokens)
     with tqdm(total=count, initial=len(blocks), desc="sampling text from the teacher") as progress:
         while len(blocks) < count:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + len(blocks))
             size = min(_BATCH, count - len(blocks))
             first = ordinary[torch.randint(len(ordinary), (size, 1), generator=generator)]
-            new = _continue(teacher, tokenizer, first, length, int(torch.randint(2**31, (), generator=generator)))
+            draw = int(torch.randint(2**31, (), generator=generator))
+            new = _continue(teacher, tokenizer, first, never, length, draw)
             with file.open("a") as out:
                 out.writelines(json.dumps(block) + "\n" for block in new)
             blocks += new
@@ -43,7 +48,7 @@ def sample_blocks(teacher, tokenizer, count: int, length: int, seed: int, file: 
 
 
 @torch.no_grad()
-def _continue(teacher, tokenizer, first: torch.Tensor, length: int, seed: int) -> list[list[int]]:
+def _continue(teacher, tokenizer, first: torch.Tensor, never: list[int], length: int, seed: int) -> list[list[int]]:
     end = tokenizer.eos_token_id
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -56,6 +61,7 @@ def _continue(teacher, tokenizer, first: torch.Tensor, length: int, seed: int) -
             temperature=1.0,
             top_k=0,
             top_p=1.0,
+            suppress_tokens=never or None,
             pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         ).tolist()
     return [row[: row.index(end, 1)] if end in row[1:] else row for row in rows]
