@@ -118,7 +118,7 @@ class IDPConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = IDPPeftType.IDP
-        if str(self.base_model_name_or_path).endswith(".gguf"):
+        if str(self.base_model_name_or_path).endswith(".gguf"):  # PEFT's auto classes would fail without saying why
             from idp_peft.loading import refuse_auto_class
 
             refuse_auto_class(self.base_model_name_or_path)

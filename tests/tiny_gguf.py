@@ -7,8 +7,12 @@ from pathlib import Path
 from tests.tiny import tiny
 
 
-def tiny_gguf(file: Path, seed: int = 0) -> str:
-    """A tiny Llama in float32 with one token per printable character; returns the file as a user would write it."""
+def tiny_gguf(file: Path, seed: int = 0, packed=None) -> str:
+    """A tiny Llama with one token per printable character; returns the file as a user would write it.
+
+    Args:
+        packed (`gguf.GGMLQuantizationType`, *optional*): of matrices whose rows are whole blocks of it; float32 by default.
+    """
     import gguf
 
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -22,7 +26,9 @@ def tiny_gguf(file: Path, seed: int = 0) -> str:
         getattr(writer, f"add_{setting}")(value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
     for name, tensor in tiny("llama", seed=seed).state_dict().items():
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.numpy())
+        fits = packed is not None and tensor.ndim == 2 and tensor.shape[1] % 32 == 0
+        data = gguf.quants.quantize(tensor.numpy(), packed) if fits else tensor.numpy()
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), data, raw_dtype=packed if fits else None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -226,7 +226,9 @@ def _tokenizer(adapter: str, folder: Path):
     from idp_peft.loading import load_tokenizer, tokenizer_beside
 
     beside = tokenizer_beside(adapter, {}, None)
-    return load_tokenizer(folder) if beside is None else beside
+    tokenizer = load_tokenizer(folder) if beside is None else beside
+    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # what is set later on is not saved
+    return tokenizer
 
 
 def _vocabulary(source: PromptSource, rows: int, tokenizer) -> PromptVocabulary:
