@@ -225,8 +225,9 @@ def test_an_adapter_on_it_is_pushed_with_a_card_that_says_so(here, monkeypatch):
 
 def test_the_harness_takes_it_by_name_and_by_the_adapter_alone(here, expected):
     pytest.importorskip("lm_eval")
-    import idp_peft.lm_eval  # noqa: F401
     from lm_eval.api.registry import get_model
+
+    import idp_peft.lm_eval  # noqa: F401
 
     for names in ({}, {"pretrained": BASE}, {"pretrained": "models", "gguf_file": "tiny.gguf"}):
         lm = get_model("idp")(**names, peft="run/adapter", device="cpu")
