@@ -232,7 +232,7 @@ def refuse_auto_class(gguf_file: str) -> None:
     """
     from peft import AutoPeftModelForCausalLM
 
-    frame = sys._getframe(1)
+    frame = None if Path(gguf_file).is_dir() else sys._getframe(1)
     while frame is not None:
         if frame.f_code is AutoPeftModelForCausalLM.from_pretrained.__func__.__code__:
             adapter = str(frame.f_locals["pretrained_model_name_or_path"])

@@ -111,7 +111,7 @@ def text_token_ids(config: IDPConfig) -> list[list[int]]:
     from transformers import AutoTokenizer
 
     name, arguments = config.tokenizer_name_or_path, dict(config.tokenizer_kwargs or {})
-    if str(name).endswith(".gguf"):
+    if str(name).endswith(".gguf") and not os.path.isdir(name):
         name, arguments["gguf_file"] = os.path.dirname(name) or ".", os.path.basename(name)
     tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
     texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in config.init_text]

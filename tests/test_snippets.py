@@ -24,9 +24,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, Trai
 import idp_peft
 from idp_peft import IDPConfig
 from idp_peft.analysis import attention_map, compare_patterns, record_patterns
+from idp_peft.loading import load_model
 from idp_peft.serving import Router, export_to_vocab
 from tests.test_docs import check, letters
 from tests.tiny import tiny
+from tests.tiny_gguf import tiny_gguf
 
 for library in ("matplotlib", "pandas"):
     pytest.importorskip(library)
@@ -78,6 +80,26 @@ def readme():
         both = min(len(row), len(alone))
         assert both >= 3
         assert row[:both] == alone[:both]
+
+
+def loading():
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    adapter(Path("run/adapter"))
+    base = load_model(tiny_gguf(Path("models/small.gguf")))
+    tiny_gguf(Path("models/other.gguf"), seed=1)
+    in_file = get_peft_model(base, IDPConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    in_file.save_pretrained("run-gguf/adapter")
+    yield {}
+    names = yield
+    model, tokenizer = idp_peft.load("run/adapter")
+    rows, masks = (names["batch"][name] for name in ("input_ids", "attention_mask"))
+    for row, mask, new in zip(rows, masks, names["tokens"][:, -4:], strict=True):
+        ids = row[mask.bool()][None]
+        assert torch.equal(model.generate(input_ids=ids, max_new_tokens=4)[0, -4:], new)
+    batch, other = names["tokenizer"](TEXTS, padding=True, return_tensors="pt"), idp_peft.load("run-gguf/adapter")[0]
+    with torch.no_grad():
+        assert torch.equal(names["model"](**batch).logits, other(**batch).logits)
+        assert torch.equal(other(**batch).logits, in_file(**batch).logits)
 
 
 def serving():
@@ -154,6 +176,7 @@ def selection_notebook():
 
 READERS = {
     "README.md": readme,
+    "loading.md": loading,
     "serving.md": serving,
     "distributed.md": distributed,
     "patterns.ipynb": patterns_notebook,

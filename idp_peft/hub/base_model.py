@@ -82,9 +82,9 @@ def base_of(name: str | None, model_config=None) -> Base:
     """
     if not name:
         return Base(quantization=_quantization(model_config))
-    if name.endswith(".gguf"):
-        return Base(name, quantization={"quant_method": "gguf"})
     folder = Path(name)
+    if folder.suffix == ".gguf" and not folder.is_dir():
+        return Base(name, quantization={"quant_method": "gguf"})
     written = _read_json(folder / "config.json") or {}
     quantization = written.get("quantization_config") or written.get("compression_config") or {}
     on_hub = is_hub_id(name) and not folder.is_dir()
