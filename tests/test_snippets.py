@@ -91,7 +91,7 @@ def loading():
     in_file.save_pretrained("run-gguf/adapter")
     yield {}
     names = yield
-    model, tokenizer = idp_peft.load("run/adapter")
+    model = idp_peft.load("run/adapter")[0]
     rows, masks = (names["batch"][name] for name in ("input_ids", "attention_mask"))
     for row, mask, new in zip(rows, masks, names["tokens"][:, -4:], strict=True):
         ids = row[mask.bool()][None]
