@@ -341,7 +341,8 @@ def unpacked(name_or_path: str | Path, beside: Path) -> Iterator[str]:
     beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{Path(gguf_file).stem}-", dir=beside) as folder:
         load_model(name_or_path, device_map="cpu").save_pretrained(folder)
-        load_tokenizer(name_or_path).save_pretrained(folder)
+        with contextlib.suppress(OSError, ValueError):  # whoever needs one will say so
+            load_tokenizer(name_or_path).save_pretrained(folder)
         yield folder
 
 
