@@ -86,7 +86,7 @@ class IDPConfig(PeftConfig):
         init_text (`list[str]`, *optional*):
             One text per prompt, for `init="text"` alone.
         tokenizer_name_or_path (`str`, *optional*):
-            Tokenizer of `init_text`: a Hub id or a folder, for `init="text"` alone.
+            Tokenizer of `init_text`: a Hub id, a folder or a `.gguf` file, for `init="text"` alone.
         tokenizer_kwargs (`dict`, *optional*):
             Further arguments of `AutoTokenizer.from_pretrained`, for `init="text"` alone.
         init_weights (`bool`, defaults to `True`):
@@ -120,6 +120,10 @@ class IDPConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = IDPPeftType.IDP
+        if str(self.base_model_name_or_path).endswith(".gguf"):  # PEFT's auto classes would fail without saying why
+            from idp_peft.loading import refuse_auto_class
+
+            refuse_auto_class(self.base_model_name_or_path)
         if self.task_type not in (None, TaskType.CAUSAL_LM):
             raise ValueError(
                 f"`task_type` must be 'CAUSAL_LM' (or None), got {str(self.task_type)!r}: IDP prompts a causal language model"

@@ -39,6 +39,7 @@ from idp_peft.input_checks import (
     refuse_lengths_by_layer,
     refuse_lost_cache,
     refuse_packed,
+    refuse_right_padding_by_hosts_generate,
     refuse_shared_keys_without_cache,
     refuse_without_own_generate,
 )
@@ -156,6 +157,8 @@ class DecoderCall:
             if part.read is not None and self._must_read_again(decoder, part, past):
                 return self._read_again(decoder, kwargs, cache, tokens)
         mask = checked_mask(kwargs, batch, past + tokens, "the cache and the input")
+        if tokens > 1:  # further steps bring one token each, which is real
+            refuse_right_padding_by_hosts_generate(self.layer, mask)
         check_room(decoder, past + tokens, part.positions, mask)
         if kwargs.get("position_ids") is not None:
             positions = kwargs["position_ids"]
@@ -280,6 +283,7 @@ class DecoderCall:
         refuse_lost_cache(self.layer, kwargs, tokens)
         refuse_lengths_by_layer(decoder)
         mask = checked_mask(kwargs, batch, tokens, "the input")
+        refuse_right_padding_by_hosts_generate(self.layer, mask)
         real = torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device) if mask is None else mask.bool()
         refuse_packed(kwargs, real)
         check_room(decoder, tokens, self.layer.active_bank.max_length, mask)

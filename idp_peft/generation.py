@@ -14,7 +14,7 @@ from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEME
 from idp_peft.call import Call, running
 from idp_peft.choice import choose
 from idp_peft.decoder import cache_name, given_cache, with_cache
-from idp_peft.input_checks import refuse_foreign_cache
+from idp_peft.input_checks import refuse_foreign_cache, refuse_right_padding
 from idp_peft.prompt_ids import CHOOSES, check_prompt_ids
 from idp_peft.prompted_cache import PromptPart, adopt, is_prompted
 from idp_peft.selection import Selection
@@ -46,6 +46,7 @@ def generate(layer, args: tuple, kwargs: dict, prompt_ids, selection_mask: torch
     if (cache := given_cache(kwargs)) is not None:
         kwargs = with_cache(kwargs, cache, cache_name(type(layer.decoder)))
     settings = _Settings(kwargs.get("generation_config") or layer.model.generation_config, kwargs)
+    refuse_right_padding(_mask(layer.model, source, settings))
     kwargs = _make_room(layer, source, settings, cache, kwargs)
     kept = cache is not None or settings.get("return_dict_in_generate")
     call = Call(
@@ -87,6 +88,19 @@ class _Settings:
         """How many tokens an input of `tokens` can become; at least that many, in doubt more."""
         new_tokens = self.get("max_new_tokens")
         return tokens + new_tokens if new_tokens else max(self.get("max_length") or 0, tokens + 20)
+
+
+def _mask(model, source: torch.Tensor, settings: _Settings) -> torch.Tensor | None:
+    """The mask that the base's `generate` works with: the caller's, or, as transformers makes it, of what is no padding
+    token; `None` where all is real."""
+    if (mask := settings.get("attention_mask")) is not None or source.is_floating_point():
+        return mask
+    padding, end = (
+        getattr(model.generation_config, name) if (value := settings.get(name)) is None else value
+        for name in ("pad_token_id", "eos_token_id")
+    )
+    ends = [] if end is None else torch.as_tensor(end).flatten().tolist()
+    return None if padding is None or int(padding) in ends else source != padding
 
 
 def _choose_before_chunks(call: Call, source: torch.Tensor, kwargs: dict, settings: _Settings) -> dict:

@@ -118,6 +118,29 @@ def refuse_lost_cache(layer, kwargs: dict, tokens: int) -> None:
         )
 
 
+def refuse_right_padding(mask: torch.Tensor | None) -> None:
+    """Raise where `generate` would write a row's new tokens behind its padding.
+
+    Args:
+        mask (`torch.Tensor`, *optional*): `[batch, tokens]`, over the whole input.
+    """
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return
+    wrong = mask.any(-1) & ~mask[:, -1].bool()
+    if bool(wrong.any()):
+        raise ValueError(
+            f"`generate` needs padding on the left: row(s) {wrong.nonzero().flatten().tolist()} end in padding, and new "
+            "tokens would come behind it. Set `tokenizer.padding_side = 'left'` before you tokenize"
+        )
+
+
+def refuse_right_padding_by_hosts_generate(layer, mask: torch.Tensor | None) -> None:
+    """The same within a `generate` that did not come through [`IDPModel.generate`], which asks for itself."""
+    call = calls.current_call(layer)
+    if (call is None or not call.generating) and frames_of_generate(layer.model):
+        refuse_right_padding(mask)
+
+
 def refuse_cache_under_checkpointing() -> None:
     """Raise for a cache that the layers would drop, and the prompt in it."""
     raise ValueError(

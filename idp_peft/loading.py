@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +56,7 @@ def load(
 
     Returns:
         `tuple[PeftModel, PreTrainedTokenizerBase]`: the tokenizer is the adapter's own where one lies beside it, as
-        `Trainer` saves it, else the base's.
+        `Trainer` saves it, else the base's. It pads on the left, as `generate` needs it.
 
     Raises:
         `FileNotFoundError`, `ValueError`: where there is no adapter or it is broken, and where its base is not there: the
@@ -116,7 +118,7 @@ def adapter_config(adapter: str | Path, hub_kwargs: dict | None = None) -> PeftC
 
 
 def tokenizer_beside(adapter: str, hub: dict, subfolder: str | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in an adapter's folder, or above its sub-folder."""
+    """The tokenizer in an adapter's folder, or above its sub-folder; ready for `generate` as [`load_tokenizer`]'s."""
     from transformers import AutoTokenizer
 
     for place in dict.fromkeys((subfolder or "", "")):
@@ -128,7 +130,7 @@ def tokenizer_beside(adapter: str, hub: dict, subfolder: str | None) -> PreTrain
             except EntryNotFoundError:
                 found = False
         if found:
-            return _with_padding(AutoTokenizer.from_pretrained(adapter, subfolder=place, **hub))
+            return _for_generation(AutoTokenizer.from_pretrained(adapter, subfolder=place, **hub))
     return None
 
 
@@ -177,13 +179,14 @@ def load_model(
             model = with_head.from_pretrained(where, gguf_file=gguf_file, **arguments)
     if gguf_file:
         _forget_gguf(model)
+        model.name_or_path = model.config.name_or_path = place_of(name_or_path)  # the folder may hold other models
     if for_training:
         _keep_differentiable(model)
     return model.eval()
 
 
 def load_tokenizer(name_or_path: str | Path, **hub_kwargs) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model that `load_model` can load; it has a padding token.
+    """The tokenizer of a model that `load_model` can load, ready for `generate`: it has a padding token, and pads on the left.
 
     Args:
         name_or_path (`str`): as `load_model`.
@@ -196,13 +199,20 @@ def load_tokenizer(name_or_path: str | Path, **hub_kwargs) -> PreTrainedTokenize
 
     where, gguf_file = find_model(name_or_path)
     with _clear_errors(name_or_path, {}):
-        return _with_padding(AutoTokenizer.from_pretrained(where, gguf_file=gguf_file, **hub_kwargs))
+        return _for_generation(AutoTokenizer.from_pretrained(where, gguf_file=gguf_file, **hub_kwargs))
 
 
-def _with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def _for_generation(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"  # most are saved with "right", and a row would go on behind its padding
     return tokenizer
+
+
+def place_of(name_or_path: str | Path) -> str:
+    """The one path or Hub id of what a user named, as an adapter's config keeps it: of a GGUF model, its file."""
+    where, gguf_file = find_model(name_or_path)
+    return where if gguf_file is None else str(Path(where, gguf_file))
 
 
 def find_model(name_or_path: str | Path) -> tuple[str, str | None]:
@@ -220,6 +230,24 @@ def find_model(name_or_path: str | Path) -> tuple[str, str | None]:
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"there is no model at {name}")
     return name, None
+
+
+def refuse_auto_class(gguf_file: str) -> None:
+    """Raise where one of PEFT's auto classes is about to load a base that is a GGUF file, which it would take for a Hub id.
+
+    Called while the adapter's config is read: the last that those classes ask of a method before they load its base.
+    """
+    from peft import AutoPeftModelForCausalLM
+
+    frame = None if Path(gguf_file).is_dir() else sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is AutoPeftModelForCausalLM.from_pretrained.__func__.__code__:
+            adapter = str(frame.f_locals["pretrained_model_name_or_path"])
+            raise ValueError(
+                f"the base of adapter {adapter!r} is the GGUF file {gguf_file!r}, which PEFT's auto classes cannot load: use "
+                f"`model, tokenizer = idp_peft.load({adapter!r})`"
+            )
+        frame = frame.f_back
 
 
 def _look_into(folder: Path) -> tuple[str, str | None]:
@@ -308,6 +336,34 @@ def _forget_gguf(model: PreTrainedModel) -> None:
             delattr(model, name)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+
+@contextlib.contextmanager
+def unpacked(name_or_path: str | Path, beside: Path) -> Iterator[str]:
+    """A model as a folder or Hub id, for what reads nothing else: of a GGUF file, a dense copy that is there within the block.
+
+    Args:
+        name_or_path (`str`): as `load_model`.
+        beside (`Path`): the folder in which a copy is made: where there is room for what will come of it.
+    """
+    where, gguf_file = find_model(name_or_path)
+    if gguf_file is None:
+        yield where
+        return
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{Path(gguf_file).stem}-", dir=beside) as folder:
+        load_model(name_or_path, device_map="cpu").save_pretrained(folder)
+        with contextlib.suppress(OSError, ValueError):  # whoever needs one will say so
+            load_tokenizer(name_or_path).save_pretrained(folder)
+        yield folder
+
+
+def holds_packed_weights(gguf_file: str | Path) -> bool:
+    """Whether a GGUF file is of a compressed model: weights in blocks of few bits, not numbers of 16 bits or more."""
+    from gguf import GGMLQuantizationType, GGUFReader
+
+    whole = {GGMLQuantizationType[name] for name in ("F64", "F32", "F16", "BF16")}
+    return any(tensor.tensor_type not in whole for tensor in GGUFReader(gguf_file).tensors)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
@@ -108,7 +110,10 @@ def text_token_ids(config: IDPConfig) -> list[list[int]]:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))
+    name, arguments = config.tokenizer_name_or_path, dict(config.tokenizer_kwargs or {})
+    if str(name).endswith(".gguf") and not os.path.isdir(name):
+        name, arguments["gguf_file"] = os.path.dirname(name) or ".", os.path.basename(name)
+    tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
     texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in config.init_text]
     for text, ids in zip(config.init_text, texts, strict=True):
         if not ids:

@@ -24,7 +24,9 @@ _ASSISTANT = "Of chats, predict the assistant's words alone, as TRL's option."
 class CompressOptions:
     """Compress a dense model with an existing library."""
 
-    model: str = _required("Dense model: 'default' (SmolLM2-135M-Instruct, fetched), a folder or a Hub id.")
+    model: str = _required(
+        "Dense model: 'default' (SmolLM2-135M-Instruct, fetched), a folder, a .gguf file or a Hub id."
+    )
     output_dir: str = _required("Folder of the compressed model; must not exist or be empty.")
     recipe: str = _option("gptq-3bit", "gptq-3bit, gptq-4bit, sparsegpt-50, sparsegpt-2:4 (error lists all).")
     backend: str = _option("llmcompressor", "Library that does the work; each is an extra of the package.")
@@ -43,7 +45,7 @@ class CompressOptions:
 class RecoverOptions:
     """Train prompts (or a baseline) that repair a compressed model. Every flag of TrainingArguments works as well."""
 
-    model: str = _required("Compressed model: a folder or a Hub id that transformers loads ('default': a dense one).")
+    model: str = _required("Compressed model: a folder, a .gguf file or a Hub id ('default': a dense one).")
     method: Literal["idp", "prompt_tuning", "prefix_tuning", "lora"] = _option(
         "idp", "What is trained: idp, or one of PEFT's own methods as a baseline."
     )
@@ -82,7 +84,7 @@ class RecoverOptions:
 class EvaluateOptions:
     """Measure perplexity and zero-shot tasks of a dense, compressed or repaired model."""
 
-    model: str = _required("Model: 'default', a folder or a Hub id.")
+    model: str = _required("Model: 'default', a folder, a .gguf file or a Hub id.")
     output: str = _required("JSON file for the result, per-item scores included.")
     adapter: str | None = _option(None, "PEFT adapter on it: a folder or a Hub id.")
     label: str | None = _option(None, "Row name in tables (default: what the model is).")

@@ -98,6 +98,25 @@ def test_a_composed_bank_is_named_as_the_page_says_and_split_into_as_many_folder
     assert (here / "tuned" / "adapter_model.safetensors").is_file()
 
 
+def test_every_row_of_the_pages_batches_is_what_it_is_alone(after):
+    """The pipeline's answers, a composed bank's logits and what it writes; the tokenizer is the one that `load` gave."""
+    _, _, names = after
+    write, tokenizer, bank, batch = (names[name] for name in ("write", "tokenizer", "bank", "batch"))
+    texts = re.findall(r'"([^"]+)"', re.search(r"write\(\[(.*?)\]", ECOSYSTEM).group(1))
+    assert len(texts) == len(names["answers"]) == 2
+    for text, answer in zip(texts, names["answers"], strict=True):
+        assert write([text], max_new_tokens=4, do_sample=False) == [answer]
+    texts = re.findall(r'"([^"]+)"', re.search(r"batch = tokenizer\(\[(.*?)\]", ECOSYSTEM).group(1))
+    for row, (text, prompt) in enumerate(zip(texts, ["boolq", "piqa", "auto", None], strict=True)):
+        one = tokenizer(text, return_tensors="pt")
+        count = one["input_ids"].shape[1]
+        with torch.no_grad():
+            logits = bank(**one, prompt_ids=[prompt]).logits[0]
+            tokens = bank.generate(**one, prompt_ids="piqa", max_new_tokens=4)[0, count:]
+        assert (names["logits"][row, batch["attention_mask"][row].bool()] - logits).abs().max() <= 1e-4
+        assert torch.equal(names["tokens"][row, batch["input_ids"].shape[1] :], tokens)
+
+
 def test_the_report_has_its_table_and_figure(after):
     _, here, names = after
     assert len(names["table"]) == names["report"].num_prompts == 4
@@ -119,6 +138,12 @@ def test_the_page_on_patterns_runs(tmp_path, monkeypatch):
     assert (tmp_path / "patterns.png").stat().st_size > 10_000
     assert names["closed"].shape == (3,)
     assert names["tokens"].shape == (sum(map(len, names["texts"])), 32)
+    for text, start in zip(names["texts"], (0, len(names["texts"][0])), strict=True):
+        with names["idp"].disable_adapter():
+            alone = names["record_patterns"](names["idp"], [text], tokenizer=names["tokenizer"])
+        alone = torch.as_tensor(alone.activations("mlp_output", layer=1))
+        together = torch.as_tensor(names["tokens"])[start : start + len(text)]
+        assert torch.allclose(together, alone, atol=1e-5)
     assert repr(names["same"]) == repr(names["recorded"])
     assert names["recorded"].prompt_ids == {"forced": [0, 0]}
 

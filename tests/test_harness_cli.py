@@ -18,6 +18,7 @@ import idp_peft
 from idp_peft import IDPConfig
 from tests.tiny import tiny
 from tests.tiny_folder import tiny_folder, tiny_tokenizer
+from tests.tiny_gguf import tiny_gguf
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 pytest.importorskip("datasets", reason="datasets is not installed")
@@ -363,20 +364,8 @@ def test_settings_of_the_harness_reach_the_model(here):
 
 
 def test_a_gguf_file_and_a_subfolder_are_bases_too(here, tmp_path):
-    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
-    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
-    for setting, value in (
-        *(("context_length", 64), ("embedding_length", 32), ("block_count", 3), ("feed_forward_length", 48)),
-        *(("head_count", 4), ("head_count_kv", 2), ("layer_norm_rms_eps", 1e-6), ("vocab_size", 97)),
-    ):
-        getattr(writer, f"add_{setting}")(value)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
-    for name, tensor in tiny("llama").state_dict().items():
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    tiny_gguf(tmp_path / "tiny.gguf")
     question, tokenizer = [request("w5 w6 w7", " w8")], load_tokenizer(here / "base")
     for names, base in (
         ({"pretrained": str(here), "subfolder": "base"}, here / "base"),

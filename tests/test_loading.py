@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 import idp_peft
 from idp_peft import IDPConfig
@@ -19,6 +19,7 @@ from idp_peft.gradient_probe import probe_gradients
 from idp_peft.loading import accepted_by_trainer, load_model, load_tokenizer
 from tests.tiny import tiny, token_batch
 from tests.tiny_folder import tiny_folder
+from tests.tiny_gguf import tiny_gguf
 
 
 @pytest.fixture(autouse=True)
@@ -61,12 +62,15 @@ def test_a_dense_folder_is_read_in_float32_and_evaluation_mode(tmp_path):
     assert load_model(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_a_tokenizer_gets_a_padding_token(tmp_path):
-    tokenizer = load_tokenizer(tiny_folder(tmp_path))
+def test_a_tokenizer_gets_a_padding_token_and_pads_on_the_left(tmp_path):
+    plain = AutoTokenizer.from_pretrained(tiny_folder(tmp_path))
+    plain.pad_token, plain.padding_side = None, "right"
+    plain.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
     assert tokenizer("w4 w5")["input_ids"] == [4, 5]
-    tokenizer.pad_token = None
-    tokenizer.save_pretrained(tmp_path)
-    assert load_tokenizer(tmp_path).pad_token == "<s>"
+    assert tokenizer.pad_token == "<s>"
+    assert tokenizer(["w4 w5", "w6"], padding=True)["attention_mask"] == [[1, 1], [0, 1]]
+    assert AutoTokenizer.from_pretrained(tmp_path).padding_side == "right", "its file stays as it is"
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -92,31 +96,17 @@ def test_packed_words_load_and_their_weights_never_change(symmetric, tmp_path):
 
 def test_a_gguf_file_becomes_a_dense_model_that_can_be_saved(tmp_path):
     gguf = pytest.importorskip("gguf", reason="needs gguf")
-    model = tiny("llama")
-    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_block_count(3)
-    writer.add_feed_forward_length(48)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_rope_dimension_count(8)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(97)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
-    for name, tensor in model.state_dict().items():
-        kind = gguf.GGMLQuantizationType.Q8_0 if tensor.ndim == 2 and tensor.shape[1] % 32 == 0 else None
-        data = tensor.numpy() if kind is None else gguf.quants.quantize(tensor.numpy(), kind)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)) + ".weight", data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    kind = gguf.GGMLQuantizationType.Q8_0
+    tiny_gguf(tmp_path / "tiny.gguf", packed=kind)
+    table = tiny("llama").get_input_embeddings().weight.detach().numpy()
+    unpacked = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(table, kind), kind))
+    assert not torch.equal(unpacked, torch.from_numpy(table))
     for source in (tmp_path / "tiny.gguf", tmp_path):
         loaded = load_model(source, for_training=True)
         assert not hasattr(loaded.config, "quantization_config")
         assert not getattr(loaded, "is_quantized", False)
         assert type(loaded.model.layers[0].mlp.up_proj) is torch.nn.Linear
+        assert torch.equal(loaded.model.embed_tokens.weight, unpacked)
     loaded.save_pretrained(tmp_path / "dense")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert fingerprint(again) == fingerprint(loaded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from idp_peft.fingerprint import fingerprint
 from idp_peft.recover import recover
@@ -106,6 +107,88 @@ def test_forward_kl_is_the_formula():
     p, q = (z / 2).softmax(-1), (s / 2).softmax(-1)
     torch.testing.assert_close(forward_kl(s, z, 2.0), 4 * (p * (p / q).log()).sum())
     assert forward_kl(z, z).abs() < 1e-5
+
+
+def test_forward_kl_of_unequal_vocabularies_is_over_the_rows_that_both_have():
+    torch.manual_seed(0)
+    s, z = torch.randn(5, 11), torch.randn(5, 14)
+    p, q = (z[:, :11] / 2).softmax(-1), (s / 2).softmax(-1)
+    torch.testing.assert_close(forward_kl(s, z, 2.0), 4 * (p * (p / q).log()).sum())
+    p, q = (s / 2).softmax(-1), (z[:, :11] / 2).softmax(-1)
+    torch.testing.assert_close(forward_kl(z, s, 2.0), 4 * (p * (p / q).log()).sum())
+
+
+def with_rows(folder: str, rows: int, tokens: int = 0) -> None:
+    """Give a model more rows than its tokenizer has tokens, as most have, and the tokenizer some tokens more."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    model.save_pretrained(folder)
+    tokenizer.add_tokens([f"new{number}" for number in range(tokens)])
+    tokenizer.save_pretrained(folder)
+
+
+# Rows of the model and of its teacher, and tokens that the tokenizer of either has beyond the 97 of both.
+VOCABULARIES = {
+    "a padded teacher": (97, 128, 0, 0),
+    "a padded model": (128, 97, 0, 0),
+    "both padded": (112, 128, 0, 0),
+    "tokens that only the teacher has": (97, 128, 0, 3),
+    "tokens that only the model has": (112, 97, 3, 0),
+    "tokens in rows that pad the teacher": (112, 128, 3, 0),
+    "tokens without rows": (97, 97, 3, 3),
+}
+
+
+@pytest.mark.parametrize("case", list(VOCABULARIES))
+def test_a_teacher_needs_the_models_tokens_and_not_its_number_of_rows(here, case):
+    rows, teachers_rows, tokens, teachers_tokens = VOCABULARIES[case]
+    with_rows("teacher", 128)
+    shutil.copytree("teacher", "same")  # the very model, with other rows
+    with_rows("same", rows, tokens)
+    with_rows("teacher", teachers_rows, teachers_tokens)
+    for dataset in ("text.jsonl", "self"):
+        settings = {"teacher": "teacher", "dataset": dataset, "self_samples": 24, "method": "lora"}
+        run(f"run-{dataset}", model="same", max_steps=1, logging_steps=1, **settings)
+        record = json.loads(Path(f"run-{dataset}", "run.json").read_text())
+        assert abs(record["training"]["history"][0]["loss"]) < 1e-6
+    sampled = {i for line in Path("run-self/self_text.jsonl").read_text().splitlines() for i in json.loads(line)}
+    assert max(sampled) < 97, "no row that pads a vocabulary is text"
+    run("bank", model="same", teacher="teacher")
+
+
+def test_text_with_a_token_that_the_teacher_does_not_have_is_refused(here):
+    with_rows("model", 128, tokens=2)
+    with_rows("teacher", 128)
+    with Path("text.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "w5 w6 new1 w7"}) + "\n")
+    with pytest.raises(ValueError, match="holds 1 tokens that") as error:
+        run(teacher="teacher")
+    assert str(error.value) == (
+        "`dataset` 'text.jsonl' holds 1 tokens that `model` or `teacher` does not have, 'new1' (id 98) for one: give models "
+        "of one vocabulary, or text without them"
+    )
+    assert not Path("run").exists()
+    run()  # alone it has them
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (("w7", "other"), "1 tokens differ, 'w7' for one (97 tokens, teacher 97)"),
+        (("w96", "w6"), "tokens differ"),
+    ],
+)
+def test_a_teacher_whose_tokens_differ_is_refused(here, change, text):
+    file = Path("teacher/tokenizer.json")
+    words = json.loads(file.read_text())
+    vocabulary = words["model"]["vocab"]
+    (old, new), number = change, vocabulary[change[0]]
+    del vocabulary[old]
+    vocabulary[new] = number
+    file.write_text(json.dumps(words))
+    with pytest.raises(ValueError, match="`teacher` must have the model's vocabulary: ") as error:
+        run(teacher="teacher")
+    assert text in str(error.value)
 
 
 def test_distillation_scores_labelled_positions_only_and_mixes_in_language_modelling(here):

@@ -92,11 +92,12 @@ def _config(name: str) -> tuple[PreTrainedConfig, str]:
     """The config of a base, and where it lies."""
     from transformers import AutoConfig
 
-    from idp_peft.loading import find_model
+    from idp_peft.loading import find_model, place_of
 
     try:
         where, gguf_file = find_model(name)
-        return AutoConfig.from_pretrained(where, **({"gguf_file": gguf_file} if gguf_file else {})), where
+        config = AutoConfig.from_pretrained(where, **({"gguf_file": gguf_file} if gguf_file else {}))
+        return config, place_of(name)
     except (OSError, ValueError) as error:
         raise BaseNotFound(
             f"the base model {name!r} cannot be asked what it is ({reason(error)}): pass `base_model=`, the loaded model or "

@@ -70,15 +70,15 @@ def compress(
         `ImportError`: where the backend is missing, naming the extra to install.
         `RuntimeError`: where the weights that came out are not what the recipe promises.
     """
+    from idp_peft.loading import load_tokenizer, unpacked
+
     chosen, tool = _check_names(recipe, backend)
     check_free(Path(output_dir).expanduser().absolute())
     _check_installed(backend, tool)
-    source, earlier, layers = _check_model(model, backend, chosen, group_size)
+    source, earlier, layers = _check_model(model, chosen, group_size)
     started = time.perf_counter()
     chunks, calibration = [], None
     if chosen.calibrated:
-        from idp_peft.loading import load_tokenizer
-
         chunks = calibration_chunks(load_tokenizer(source), texts or [], calibration_samples, calibration_tokens, seed)
         calibration = {"texts": len(texts), "samples": len(chunks), "tokens_per_sample": calibration_tokens}
     note = {"format": 1, "model": str(model), "recipe": recipe, "backend": backend, "versions": _versions(tool)}
@@ -87,9 +87,9 @@ def compress(
     note |= {"calibration": calibration, "seed": seed}
     if earlier is not None:
         note["earlier"] = earlier
-    with whole_folder(output_dir) as folder, torch.random.fork_rng():
+    with whole_folder(output_dir) as folder, unpacked(source, folder.parent) as dense, torch.random.fork_rng():
         torch.manual_seed(seed)  # llm-compressor shuffles the chunks once more
-        tool.run(source, chosen, folder, chunks, group_size, symmetric)
+        tool.run(dense, chosen, folder, chunks, group_size, symmetric)
         _save_tokenizer(source, folder)
         note["measured"] = check_result(compressed_weights(folder, layers), chosen, group_size)
         note["seconds"] = round(time.perf_counter() - started, 1)
@@ -114,17 +114,14 @@ def _check_installed(backend: str, tool: ModuleType) -> None:
         raise ImportError(f'the backend {backend} is not installed: pip install "idp-peft[{tool.EXTRA}]"')
 
 
-def _check_model(model: str, backend: str, recipe: Recipe, group_size: int) -> tuple[str, dict | None, list[str]]:
+def _check_model(model: str, recipe: Recipe, group_size: int) -> tuple[str, dict | None, list[str]]:
     """The model's place, the note of an earlier compression and the layers, after every check that needs no weights."""
     from transformers import AutoConfig
 
-    from idp_peft.loading import find_model, quantization_of
+    from idp_peft.loading import find_model, place_of, quantization_of
 
     where, gguf_file = find_model(model)
-    if gguf_file is not None:
-        if backend != "llmcompressor":
-            raise ValueError(f"the backend {backend} reads no GGUF files, use llmcompressor for {model}")
-    elif quantization := quantization_of(where):
+    if gguf_file is None and (quantization := quantization_of(where)):
         method = quantization.get("quant_method", "unknown method")
         raise ValueError(f"{model} is quantised already ({method}): compress the model that it was made from")
     config = AutoConfig.from_pretrained(where, gguf_file=gguf_file)
@@ -132,15 +129,19 @@ def _check_model(model: str, backend: str, recipe: Recipe, group_size: int) -> t
         layers = target_layers(built_from(config))
     check_fit(layers, recipe, group_size)
     note = Path(where) / NOTE
-    earlier = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
-    return where if gguf_file is None else str(Path(where) / gguf_file), earlier, list(layers)
+    # What lies beside a GGUF file is of another model.
+    earlier = json.loads(note.read_text(encoding="utf-8")) if gguf_file is None and note.is_file() else None
+    return place_of(model), earlier, list(layers)
 
 
 def _save_tokenizer(source: str, folder: Path) -> None:
-    from idp_peft.loading import load_tokenizer
+    from transformers import AutoTokenizer
 
+    from idp_peft.loading import find_model
+
+    where, gguf_file = find_model(source)
     try:
-        load_tokenizer(source).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(where, gguf_file=gguf_file).save_pretrained(folder)  # as it is, its padding too
     except (OSError, ValueError) as error:  # a recipe without calibration needs none
         logger.warning("no tokenizer saved, since %s has none: %s", source, error)
 

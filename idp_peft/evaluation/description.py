@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from idp_peft.loading import find_model, holds_packed_weights
+
 _LABELS = {"idp": "IDP", "prompt_tuning": "prompt tuning", "prefix_tuning": "prefix tuning", "lora": "LoRA"}
 
 
@@ -33,8 +35,13 @@ def describe(model, settings: dict) -> dict:
 def _role(model, settings: dict) -> str:
     if settings["adapter"] is not None:
         return "recovered"
-    quantized = getattr(model.config, "quantization_config", None) is not None
-    return "compressed" if quantized or Path(settings["model"], "compression.json").is_file() else "dense"
+    where, gguf_file = find_model(settings["model"])
+    if gguf_file is not None:
+        compressed = holds_packed_weights(Path(where, gguf_file))
+    else:
+        quantized = getattr(model.config, "quantization_config", None) is not None
+        compressed = quantized or Path(where, "compression.json").is_file()
+    return "compressed" if compressed else "dense"
 
 
 def adapter_parameters(model) -> int:

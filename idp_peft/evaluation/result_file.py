@@ -131,10 +131,9 @@ def is_done(output: Path, settings: dict) -> bool:
     return True
 
 
-def _changed_since(folder: Path, moment: float) -> bool:
-    return folder.is_dir() and any(
-        path.stat().st_mtime > moment for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")
-    )
+def _changed_since(place: Path, moment: float) -> bool:
+    files = place.iterdir() if place.is_dir() else [place] if place.is_file() else []
+    return any(path.stat().st_mtime > moment for path in files if path.suffix in (".safetensors", ".bin", ".gguf"))
 
 
 def load(model: str, adapter: str | None):

@@ -38,8 +38,13 @@ class Base:
 
     @property
     def folder(self) -> str:
-        """What to call its folder: a local base is somewhere else on every machine."""
+        """What to call its folder, or its GGUF file: a local base is somewhere else on every machine."""
         return Path(self.name).name if self.name else "base"
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is one file: GGUF models are."""
+        return self.quantization.get("quant_method") == "gguf"
 
     @property
     def formats(self) -> list[str]:
@@ -78,6 +83,8 @@ def base_of(name: str | None, model_config=None) -> Base:
     if not name:
         return Base(quantization=_quantization(model_config))
     folder = Path(name)
+    if folder.suffix == ".gguf" and not folder.is_dir():
+        return Base(name, quantization={"quant_method": "gguf"})
     written = _read_json(folder / "config.json") or {}
     quantization = written.get("quantization_config") or written.get("compression_config") or {}
     on_hub = is_hub_id(name) and not folder.is_dir()

@@ -73,7 +73,8 @@ def _use(facts: CardFacts) -> str:
             f'With PEFT itself, after the same import: `AutoPeftModelForCausalLM.from_pretrained("{facts.place}")`.',
         ]
     elif not base.is_packaged:
-        lines += ["", f"`base` is the folder of the base model ([below](#the-base)), here `{base.folder}`."]
+        what = "GGUF file" if base.is_file else "folder"
+        lines += ["", f"`base` is the {what} of the base model ([below](#the-base)), here `{base.folder}`."]
     others = list(facts.adapters)[1:]
     if others:
         named = ", ".join(f'`subfolder="{name}"`' if name else "the root" for name in others)
@@ -95,10 +96,11 @@ def _base(facts: CardFacts) -> str:
     elif base.is_packaged:
         lines.append('SmolLM2-135M-Instruct, the package\'s default model: `base="default"` fetches it.')
     elif base.name:
-        lines.append(f"A local folder, `{base.folder}`, which is not part of this repository.")
+        what = "GGUF file" if base.is_file else "folder"
+        lines.append(f"A local {what}, `{base.folder}`, which is not part of this repository.")
     else:
         lines.append("Where the base comes from is not recorded.")
-    if base.quantization:
+    if base.quantization and not base.is_file:
         lines[-1] = f"{lines[-1].rstrip('.')}: {describe_quantization(base.quantization)}."
     if base.commands:
         install = sorted({note.get("backend", "llmcompressor") for note in base.notes})
@@ -107,10 +109,11 @@ def _base(facts: CardFacts) -> str:
         lines += [f'pip install "idp-peft[{",".join(install)}]"', *base.commands, "```"]
         lines += ["", _made_with(base.notes[-1])]
     elif base.notes:
-        last = base.notes[-1]
+        last, origin = base.notes[-1], base.notes[0].get("model")
+        what = "GGUF file" if str(origin).endswith(".gguf") else "folder"
         lines += [
             "",
-            f"It was made with the recipe {last['recipe']} from a model that is a local folder as well. {_made_with(last)}",
+            f"It was made with the recipe {last['recipe']} from a model that is a local {what} as well. {_made_with(last)}",
         ]
     return "\n".join(lines)
 

@@ -5,6 +5,9 @@
 z: the dense model's logits (no gradients, one batch at a time, kept nowhere), s: the recovered model's, t: positions whose
 next token is labelled. Forward KL, after Hinton et al., arXiv 1503.02531. In contrast to language modelling alone, there is
 nothing to gain from the training text itself: an undamaged model has loss 0 (at w = 1).
+
+Where one vocabulary has more rows than the other (most are padded to some multiple), both softmaxes of the first term are
+over the rows that both have.
 """
 
 from __future__ import annotations
@@ -22,18 +25,18 @@ class DistillationTrainer(Trainer):
     """`transformers.Trainer` with the loss above.
 
     Args:
-        teacher (`PreTrainedModel`): the dense model; same vocabulary. Put into eval mode and onto the student's device.
+        teacher (`PreTrainedModel`): the dense model, whose token ids mean the same. Put into eval mode and onto the
+            student's device.
         weight (`float`): w, from above 0 to 1.
         temperature (`float`): T, above 0.
 
     Raises:
-        `ValueError`: for values outside these ranges, or a teacher with another vocabulary.
+        `ValueError`: for values outside these ranges.
     """
 
     def __init__(self, *args, teacher: nn.Module, weight: float, temperature: float, **kwargs) -> None:
         check_distillation(weight, temperature)
         super().__init__(*args, **kwargs)
-        check_vocabulary(self.model, teacher)
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         self.weight, self.temperature = weight, temperature
         # The loss below divides by the labelled tokens of the whole optimiser step, when Trainer counts them.
@@ -71,7 +74,10 @@ class DistillationTrainer(Trainer):
 
 
 def forward_kl(logits: torch.Tensor, target: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """T^2 KL(softmax(target / T) || softmax(logits / T)), summed over tokens. Both `[tokens, vocabulary]`, any dtype."""
+    """T^2 KL(softmax(target / T) || softmax(logits / T)), summed over tokens. Both `[tokens, vocabulary]`, any dtype; of
+    unequal vocabularies, the rows that only one has are left out of both softmaxes."""
+    common = min(logits.shape[-1], target.shape[-1])
+    logits, target = logits[..., :common], target[..., :common]
     student = (logits.float() / temperature).log_softmax(-1)
     teacher = (target.float() / temperature).log_softmax(-1)
     return nn.functional.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
@@ -86,14 +92,3 @@ def check_distillation(weight: float, temperature: float) -> None:
         raise ValueError(f"`distillation_weight` must be above 0 and at most 1, got {weight}")
     if not temperature > 0:
         raise ValueError(f"`temperature` must be above 0, got {temperature}")
-
-
-def check_vocabulary(model: nn.Module, teacher: nn.Module) -> None:
-    """Refuse a teacher whose logits mean other tokens.
-
-    Raises:
-        `ValueError`: where the vocabulary sizes differ.
-    """
-    own, its = model.config.get_text_config().vocab_size, teacher.config.get_text_config().vocab_size
-    if own != its:
-        raise ValueError(f"`teacher` must have the model's vocabulary of {own} tokens, got {its}")

@@ -10,7 +10,7 @@ from torch import nn
 
 from idp_peft.config import IDPConfig
 from idp_peft.decoder import embedding_width
-from idp_peft.loading import find_model
+from idp_peft.loading import place_of
 
 METHODS = ("idp", "prompt_tuning", "prefix_tuning", "lora")
 # Peak learning rates, as tuned (benchmarks/LOG.md); prefix tuning's is for the start at a teacher's keys and values, untuned.
@@ -33,7 +33,7 @@ def method_config(model: nn.Module, options, texts: list[str] | None = None) -> 
     if options.method == "idp":
         start = {"init": options.init}
         if options.init == "corpus":
-            start = {"init": "text", "init_text": texts, "tokenizer_name_or_path": find_model(options.model)[0]}
+            start = {"init": "text", "init_text": texts, "tokenizer_name_or_path": place_of(options.model)}
         return IDPConfig(
             task_type="CAUSAL_LM",
             num_prompts=options.num_prompts,

@@ -61,11 +61,15 @@ def recover(options, arguments: TrainingArguments) -> Path:
     tokenizer = load_tokenizer(options.model)
     tokens = set(tokenizer.get_vocab().values())
     if options.teacher is not None:
-        _check_same_tokens(tokenizer, load_tokenizer(options.teacher))
+        tokens &= _check_same_tokens(tokenizer, load_tokenizer(options.teacher))
     train, held = ([], []) if options.dataset == "self" else _blocks(options, arguments, tokenizer)
 
     model = load_model(options.model, for_training=True)
     teacher = load_model(options.teacher) if options.teacher is not None else None
+    tokens.intersection_update(
+        *(range(one.config.get_text_config().vocab_size) for one in (model, teacher) if one is not None)
+    )
+    _check_known([*train, *held], tokens, tokenizer, options.dataset)
     probe = probe_gradients(model)
     logger.info("%s: %s", options.model, probe)
     if probe.verdict != "trainable":
@@ -108,12 +112,27 @@ def _check(options) -> None:
     check_distillation(options.distillation_weight, options.temperature)
 
 
-def _check_same_tokens(tokenizer, other) -> None:
+def _check_same_tokens(tokenizer, other) -> set[int]:
+    """The teacher's token ids. Either tokenizer may have tokens more; those that both have must be the same."""
     own, its = tokenizer.get_vocab(), other.get_vocab()
-    if own != its:
-        different = sum(its.get(token) != i for token, i in own.items()) + sum(token not in own for token in its)
+    by_id = {i: token for token, i in its.items()}
+    different = [token for token, i in own.items() if its.get(token, i) != i or by_id.get(i, token) != token]
+    if different:
         raise ValueError(
-            f"`teacher` must have the model's vocabulary: {different} tokens differ ({len(own)} tokens, teacher {len(its)})"
+            f"`teacher` must have the model's vocabulary: {len(different)} tokens differ, {different[0]!r} for one "
+            f"({len(own)} tokens, teacher {len(its)})"
+        )
+    return set(by_id)
+
+
+def _check_known(blocks: list[list[int]], tokens: set[int], tokenizer, dataset: str) -> None:
+    """Refuse text with tokens outside of those that all models have, by their tokenizers and by their rows."""
+    unknown = sorted({i for block in blocks for i in block} - tokens)
+    if unknown:
+        names = [tokenizer.convert_ids_to_tokens(i) for i in unknown]
+        raise ValueError(
+            f"`dataset` {dataset!r} holds {len(names)} tokens that `model` or `teacher` does not have, {names[0]!r} (id "
+            f"{unknown[0]}) for one: give models of one vocabulary, or text without them"
         )
 
 

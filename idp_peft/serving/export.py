@@ -60,8 +60,8 @@ def export_to_vocab(
     Args:
         adapter (`str`): folder or Hub id of an IDP adapter, or of PEFT's prompt tuning.
         output_dir (`str`): a new or empty folder. It appears when all is done.
-        base (`str`, *optional*, defaults to the one that the adapter's config names): folder, Hub id or `"default"`; its
-            weights must be safetensors files.
+        base (`str`, *optional*, defaults to the one that the adapter's config names): folder, Hub id or `"default"`, with
+            weights in safetensors files; or a GGUF file, of which a dense copy is exported.
         keep_tied (`bool`, defaults to `False`): leave tied embeddings tied. By default they are untied, at the cost of one
             more table: the output row of a prompt token would be the prompt's own vector, and the token could be
             generated. With `True`, and for models that engines always tie (Gemma 2, Cohere), requests to engines that do not
@@ -74,11 +74,16 @@ def export_to_vocab(
         `ValueError`: where the adapter or the base cannot be exported: the text says why.
         `FileNotFoundError`: where the base is not there.
     """
+    from idp_peft.loading import find_model, unpacked
+
     check_free(Path(output_dir).expanduser().absolute())
     source = read_prompts(str(adapter))
     name = base if base is not None else source.base_name
     if not name:
         raise ValueError(f"`adapter` {str(adapter)!r} does not say what its base is: pass `base`")
+    if find_model(name)[1] is not None:
+        with unpacked(name, Path(output_dir).expanduser().absolute().parent) as dense:
+            return export_to_vocab(adapter, output_dir, dense, keep_tied=keep_tied)
     folder = _folder_of(str(name), source.config.revision if base is None else None)
     model = skeleton(str(folder))
     files = weight_files(folder)
@@ -108,12 +113,7 @@ def _folder_of(name: str, revision: str | None) -> Path:
     """The local folder of a base, downloaded where it lies on the Hub."""
     from idp_peft.loading import find_model
 
-    where, gguf_file = find_model(name)
-    if gguf_file:
-        raise ValueError(
-            f"the base model {name!r} is a GGUF file, whose table cannot get rows: load it (`load_model`) and save it as a dense "
-            "model first"
-        )
+    where, _ = find_model(name)
     if Path(where).is_dir():
         return Path(where)
     from huggingface_hub import snapshot_download
@@ -229,7 +229,9 @@ def _tokenizer(adapter: str, folder: Path):
     from idp_peft.loading import load_tokenizer, tokenizer_beside
 
     beside = tokenizer_beside(adapter, {}, None)
-    return load_tokenizer(folder) if beside is None else beside
+    tokenizer = load_tokenizer(folder) if beside is None else beside
+    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # what is set later on is not saved
+    return tokenizer
 
 
 def _vocabulary(source: PromptSource, rows: int, tokenizer) -> PromptVocabulary:
