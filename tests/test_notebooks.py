@@ -26,7 +26,6 @@ def code_cells(notebook: Path) -> list:
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=IDS)
 def test_a_notebook_runs(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / ".ipython"))
     run = nbformat.read(notebook, as_version=4)

@@ -172,7 +172,7 @@ def test_a_base_that_changes_under_training_is_noticed(here, monkeypatch):
 def test_a_run_killed_in_the_middle_resumes_to_the_same_adapter(here, number):
     steps = {"max_steps": 60, "save_steps": 3, "learning_rate": 0.05, "assignment": "uniform"}
     whole = run("whole", **steps)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     # In its fifth step, behind a checkpoint, it waits for the signal.
     code = (
         "import itertools, pathlib, sys, time, transformers\n"

@@ -22,9 +22,7 @@ SETTINGS = {
     "2 threads": {"OMP_NUM_THREADS": "2"},
     "2 threads, passive": {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"},
     "2 threads, 1000 spins": {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "1000"},
-    "2 threads, dynamic": {"OMP_NUM_THREADS": "2", "OMP_DYNAMIC": "true"},
 }
-WORK = ("columns", "products")
 
 
 def columns(seconds: float) -> float:
@@ -61,12 +59,12 @@ def products(seconds: float) -> float:
     return done / (time.perf_counter() - began)
 
 
-def speed(work: str, settings: dict[str, str], seconds: float) -> float:
-    """Units of work per second in a fresh process."""
+def speeds(settings: dict[str, str], seconds: float) -> dict[str, float]:
+    """Units of each kind of work per second, in a fresh process."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_", "KMP_"))}
-    call = [sys.executable, "-m", "benchmarks.threads", "--work", work, "--seconds", str(seconds)]
+    call = [sys.executable, "-m", "benchmarks.threads", "--measure", "--seconds", str(seconds)]
     done = subprocess.run(call, env={**clean, **settings}, capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    return json.loads(done.stdout)
 
 
 class Neighbours:
@@ -85,27 +83,16 @@ class Neighbours:
 
 
 def measure(turns: int, seconds: float, neighbours: list[int]) -> list[dict]:
-    """One record per turn, setting, work and number of busy processes."""
+    """One record per turn, setting and number of busy processes."""
     from tqdm import tqdm
 
-    cells = [(count, work) for count in neighbours for work in WORK]
     records = []
     for turn in tqdm(range(turns), desc="turns"):
-        for count, work in cells:
+        for count in neighbours:
             with Neighbours(count):
                 for name, settings in SETTINGS.items():
-                    load = os.getloadavg()[0]
-                    per_second = speed(work, settings, seconds)
-                    records.append(
-                        {
-                            "turn": turn,
-                            "neighbours": count,
-                            "work": work,
-                            "setting": name,
-                            "load": load,
-                            "per_second": per_second,
-                        }
-                    )
+                    place = {"turn": turn, "neighbours": count, "setting": name, "load": os.getloadavg()[0]}
+                    records.append({**place, "per_second": speeds(settings, seconds)})
     return records
 
 
@@ -113,10 +100,11 @@ def write_table(record: dict, path: Path) -> None:
     """Per setting and case, the median ratio to one thread in the same turn, and the smallest one."""
     from benchmarks.markdown import head, row
 
-    cases = list(dict.fromkeys((turn["work"], turn["neighbours"]) for turn in record["turns"]))
     environment, found = record["environment"], {}
     for turn in record["turns"]:
-        found.setdefault((turn["setting"], turn["work"], turn["neighbours"]), []).append(turn["per_second"])
+        for work, per_second in turn["per_second"].items():
+            found.setdefault((turn["setting"], work, turn["neighbours"]), []).append(per_second)
+    cases = sorted({(work, count) for _, work, count in found})
     lines = [
         f"{environment['processor']}, {environment['cores']} cores; torch {environment['torch']}, commit "
         f"{environment['commit']}. Speed over that of one thread in the same turn: the median, and the smallest.",
@@ -138,10 +126,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of one measurement (default: %(default)s)")
     parser.add_argument("--neighbours", type=int, nargs="+", default=[0, 1, 2], help="busy processes beside it")
     parser.add_argument("--output", type=Path, default=RESULTS / "threads.json")
-    parser.add_argument("--work", choices=WORK, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.work:
-        print({"columns": columns, "products": products}[options.work](options.seconds))
+    if options.measure:
+        print(json.dumps({work.__name__: work(options.seconds) for work in (columns, products)}))
         return
     from idp_peft.evaluation import environment
 
