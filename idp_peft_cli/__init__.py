@@ -6,6 +6,7 @@ is needed for `--help` or to see that a flag is wrong.
 
 from __future__ import annotations
 
+import os
 import sys
 
 _COMMANDS = {
@@ -41,6 +42,9 @@ def main(arguments: list[str] | None = None) -> None:
         options = parse(command, rest)
     except WrongUseError as error:
         _fail(command, str(error))
+    # Torch's threads sleep while they wait for each other, and do not spin: beside a busy process spinning is up to a few
+    # hundred times slower (benchmarks/threads). OpenMP reads this when torch is imported, which `running` does.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from idp_peft_cli import running
 
     try:

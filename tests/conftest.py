@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import warnings
 
 import pytest
@@ -8,9 +9,15 @@ from peft import get_peft_model
 
 import idp_peft  # noqa: F401  (registers the method)
 from idp_peft import IDPConfig
-from tests.tiny import tiny
+from tests.tiny import SEED, tiny
 
-torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start, too
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers_in_any_order():
+    torch.manual_seed(SEED)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from tests import distributed_job
+from tests.patience import PATIENCE
 from tests.tiny import tiny
 
 # What `accelerate launch` sets from an accelerate config with `distributed_type: FSDP`.
@@ -35,7 +36,6 @@ ZERO3 = {
     "ACCELERATE_USE_CPU": "false",
     "DS_ACCELERATOR": "cpu",
 }
-LIMIT = 400  # seconds; gloo itself would wait for half an hour for a process that never comes
 
 
 def in_two_processes(folder: Path, jobs: list[str], settings: dict[str, str] | None = None) -> dict[str, list[dict]]:
@@ -43,14 +43,14 @@ def in_two_processes(folder: Path, jobs: list[str], settings: dict[str, str] | N
     folder.mkdir(exist_ok=True)
     tiny("llama").save_pretrained(folder / "base")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **(settings or {})}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", **(settings or {})}
     run = subprocess.run(
         [*launcher, "-m", "tests.distributed_job", str(folder), *jobs],
         env=environment,
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
-        timeout=LIMIT,
+        timeout=PATIENCE,  # gloo itself would wait for half an hour for a process that never comes
     )
     if run.returncode:
         first = [line for line in run.stderr.splitlines() if line.startswith("[rank0]")]

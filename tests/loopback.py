@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
+from tests.patience import PATIENCE
 from tests.tiny_serving import say
 
 try:
@@ -30,7 +31,7 @@ class Server:
 
     def __enter__(self) -> Server:
         self.thread.start()
-        until = time.monotonic() + 10
+        until = time.monotonic() + PATIENCE
         while not self.server.started:
             assert time.monotonic() < until, "the server did not start"
             time.sleep(0.005)
@@ -40,10 +41,10 @@ class Server:
 
     def __exit__(self, *_) -> None:
         self.server.should_exit = True
-        self.thread.join(timeout=10)
+        self.thread.join(timeout=PATIENCE)
 
 
-def client(url: str, timeout: float = 20.0) -> httpx.Client:
+def client(url: str, timeout: float = PATIENCE) -> httpx.Client:
     return httpx.Client(base_url=url, timeout=timeout, trust_env=False)
 
 
@@ -58,6 +59,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.mode, self.seen, self.headers = "answer", [], []
         self.running, self.abandoned = threading.Event(), threading.Event()
+        self.read = threading.Semaphore(0)  # in mode "lockstep": released for each event that the client has read
         self.app = Starlette(
             routes=[
                 Route("/v1/completions", self.post, methods=["POST"]),
@@ -103,6 +105,8 @@ class Engine:
                     raise RuntimeError("the engine dies")
                 yield f"data: {json.dumps({'choices': [{'text': f'w{index}'}]})}\n\n"
                 await asyncio.sleep(0.01)
+                while self.mode == "lockstep" and not self.read.acquire(blocking=False):
+                    await asyncio.sleep(0.01)
             yield "data: [DONE]\n\n"
         except (asyncio.CancelledError, GeneratorExit):
             self.abandoned.set()

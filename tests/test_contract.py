@@ -238,16 +238,20 @@ def test_a_row_without_a_prompt_equals_the_base_model(make, name):
         assert torch.equal(none, base(input_ids=ids[1:2]).logits)
 
 
-# bf16 keeps 8 bits of mantissa: differences of a few of its units, 2 to 3 % of the largest logit, are rounding.
+# How processors round in bf16 differs, and so do the paths; how far they are from float32 does not.
 @architectures
-def test_bfloat16_stays_within_its_rounding(make, name):
+def test_bfloat16_is_as_near_to_float32_as_concatenation_is(make, name):
     model, base = make(name, dtype=torch.bfloat16, num_virtual_tokens=UNEQUAL), tiny(name, dtype=torch.bfloat16)
+    exact_base = tiny(name, dtype=torch.bfloat16).float()
     assert bank_of(model).weight.dtype == torch.float32
     ids, _ = token_batch([9])
+    ours, theirs = [], []
     for prompt in range(4):
         with torch.no_grad():
             logits = model(input_ids=ids, prompt_ids=torch.tensor([prompt])).logits
         assert logits.dtype == torch.bfloat16
-        expected = concatenated_logits(model, base, ids, prompt).float()
-        scale = expected.abs().max()
-        assert (logits.float() - expected).abs().max() <= 0.03 * scale
+        exact = concatenated_logits(model, exact_base, ids, prompt)
+        ours.append((logits - exact).norm(dim=-1))
+        theirs.append((concatenated_logits(model, base, ids, prompt) - exact).norm(dim=-1))
+    # The median over tokens, since a mixture may send a few of them to another expert.
+    assert 0 < torch.cat(ours).median() < 2 * torch.cat(theirs).median()

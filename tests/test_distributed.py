@@ -1,7 +1,8 @@
 """DDP and FSDP2 through accelerate: two processes do what one does with the whole batch.
 
 Sums over rows and processes are taken in another order, so numbers differ in float32's last digits: 1e-5, relative and
-absolute, for losses, logits, gradients and prompts after training (1e-6 was the most seen for losses and prompts).
+absolute, for losses, gradients and prompts after training (4e-6 was the most seen where each matrix product was off by up to two
+units in its last place), and 1e-4 for the logits that these prompts make (2e-5).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tests.distributed_run import FSDP2, close, in_one_process, in_two_processes
 from tests.tiny import tiny
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one launch for all of them
-TOLERANCE = 1e-5
+TOLERANCE, LOGITS = 1e-5, 1e-4
 # The launch costs more than the jobs, so each way is launched once.
 JOBS = {"ddp": ["selected", "all", "trainer"], "fsdp2": ["selected", "uniform", "checkpointing", "trainer"]}
 SETTINGS = {"ddp": {}, "fsdp2": FSDP2}
@@ -69,7 +70,7 @@ def test_every_process_chooses_and_generates_as_one_process_does(runs, way, job)
     for seen in runs.two(way)[job]:
         assert seen["choices"] == expected["choices"]
         assert seen["generated"] == expected["generated"]
-        assert close(seen["logits"], expected["logits"], TOLERANCE)
+        assert close(seen["logits"], expected["logits"], LOGITS)
 
 
 @pytest.mark.parametrize(("way", "job"), LOOPS)

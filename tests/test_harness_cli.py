@@ -123,7 +123,7 @@ def run(*command: str, folder: Path) -> str:
     done = subprocess.run(
         [str(word) for word in command],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,
         check=False,

@@ -24,6 +24,7 @@ from idp_peft.recover.methods import lora_parameters_per_rank, nearest_lora, pre
 from idp_peft.recover.training import collate, training_examples
 from idp_peft_cli import main
 from idp_peft_cli.parsing import parse
+from tests.patience import PATIENCE
 from tests.tiny import tiny
 from tests.tiny_folder import tiny_folder, tiny_texts
 
@@ -254,22 +255,28 @@ def test_a_base_that_changes_under_training_is_noticed(here, monkeypatch):
 def test_a_run_killed_in_the_middle_resumes_to_the_same_adapter(here, number):
     steps = {"max_steps": 60, "save_steps": 3, "learning_rate": 0.05, "assignment": "uniform"}
     whole = run("whole", **steps)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    # Slowed down, so that the signal comes in the middle.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # In its fifth step, behind a checkpoint, it waits for the signal.
     code = (
-        "import sys, time, transformers\n"
-        "step = transformers.Trainer.training_step\n"
-        "transformers.Trainer.training_step = lambda *a, **k: (time.sleep(0.2), step(*a, **k))[1]\n"
+        "import itertools, pathlib, sys, time, transformers\n"
+        "step, count = transformers.Trainer.training_step, itertools.count(1)\n"
+        "def waiting(*args, **kwargs):\n"
+        "    if next(count) == 5:\n"
+        "        pathlib.Path('waits').touch()\n"
+        "        while not pathlib.Path('signalled').exists():\n"
+        "            time.sleep(0.01)\n"
+        "    return step(*args, **kwargs)\n"
+        "transformers.Trainer.training_step = waiting\n"
         "from idp_peft_cli import main; main(sys.argv[1:])"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, "recover", *flags("run", **steps)], env=environment, stderr=subprocess.PIPE
     )
-    deadline = time.time() + 180
-    while not list(Path("run").glob("checkpoint-[1-9]*")) and time.time() < deadline:
+    until = time.monotonic() + PATIENCE
+    while process.poll() is None and not Path("waits").exists() and time.monotonic() < until:
         time.sleep(0.05)
-    time.sleep(0.5)
     process.send_signal(number)
+    Path("signalled").touch()
     errors = process.communicate()[1].decode()
     assert process.returncode == {signal.SIGKILL: -signal.SIGKILL}.get(number, 130), errors
     if number != signal.SIGKILL:

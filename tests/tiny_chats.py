@@ -6,6 +6,7 @@ import random
 
 import torch
 
+from tests.tiny import SEED
 from tests.tiny_folder import tiny_tokenizer
 
 # `w2 .. w3` around a user's words, `w4 .. <s>` around the assistant's.
@@ -26,7 +27,7 @@ def chat_tokenizer():
 
 def tiny_questions(count: int = 8, seed: int = 0) -> list[str]:
     """Texts of two to six words."""
-    draw = random.Random(seed)
+    draw = random.Random(SEED + seed)
     return [" ".join(f"w{draw.randrange(5, 97)}" for _ in range(draw.randrange(2, 7))) for _ in range(count)]
 
 

@@ -10,7 +10,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny import VOCAB, tiny
+from tests.tiny import SEED, VOCAB, tiny
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -30,5 +30,5 @@ def tiny_folder(folder: Path, name: str = "llama", seed: int = 0) -> str:
 
 def tiny_texts(count: int = 40, words: int = 30, seed: int = 0) -> list[str]:
     """Random words of the tiny tokenizer."""
-    draw = random.Random(seed)
+    draw = random.Random(SEED + seed)
     return [" ".join(f"w{draw.randrange(2, VOCAB)}" for _ in range(words)) for _ in range(count)]

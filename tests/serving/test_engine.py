@@ -14,6 +14,7 @@ from idp_peft.serving import Router, VllmPrompts, proxy_app
 from idp_peft.serving.prompted_request import RequestPrompter
 from idp_peft.serving.proxy import ProxySettings
 from tests.loopback import Server, client
+from tests.patience import PATIENCE
 from tests.serving.vllm_server import BLOCK, VllmServer, subject
 
 TOKENS = 16
@@ -34,7 +35,7 @@ def engine(one, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def http(engine):
-    with client(engine.url, timeout=120) as http:
+    with client(engine.url, timeout=PATIENCE) as http:
         yield http
 
 
@@ -43,7 +44,7 @@ def proxy(one, engine):
     prompter = RequestPrompter(Router.from_pretrained(one.exported.folder), one.exported)
     with (
         Server(proxy_app(prompter, ProxySettings(engine.url, "idp"))) as server,
-        client(server.url, timeout=120) as http,
+        client(server.url, timeout=PATIENCE) as http,
     ):
         yield http
 

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="`make test-serving` makes an environment with it")
 
+from tests.patience import PATIENCE
 from tests.serving.vllm_server import BLOCK, ENVIRONMENT, cores, subject
 
 ROOT = Path(__file__).parent.parent.parent
@@ -39,7 +40,7 @@ def test_whole_and_mixed_prompts_give_what_the_adapter_gives(tmp_path):
     script.write_text(CODE.replace("BLOCK", str(BLOCK)))
     call = [sys.executable, str(script), str(one.adapter), str(one.base), json.dumps(one.texts)]
     environment = {**os.environ, **ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": cores(), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(call, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
+    done = subprocess.run(call, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("SAID "))
     expected = [one.say(one.ids(text), None) for text in one.texts]

@@ -21,11 +21,11 @@ from idp_peft import IDPConfig
 from idp_peft.loading import load_model, load_tokenizer
 from idp_peft.serving import ExportedModel, export_to_vocab
 from tests.loopback import client
+from tests.patience import PATIENCE
 from tests.tiny import VOCAB
 from tests.tiny_chats import chat_tokenizer
 
 BLOCK = 32  # tokens of a cache block; the CPU backend wants a multiple of 32
-START_SECONDS = 300
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "OMP_NUM_THREADS": "1",
@@ -62,8 +62,8 @@ class VllmServer:
 
     def wait(self) -> None:
         """Until it answers."""
-        until = time.monotonic() + START_SECONDS
-        with client(self.url, timeout=5) as http:
+        until = time.monotonic() + PATIENCE
+        with client(self.url, timeout=30) as http:
             while time.monotonic() < until:
                 if self.process.poll() is not None:
                     break

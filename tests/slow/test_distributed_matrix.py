@@ -12,7 +12,7 @@ import pytest
 from tests.distributed_job import LENGTHS
 from tests.distributed_run import FSDP2, ZERO3, close, in_one_process, in_two_processes, prompts_in
 
-TOLERANCE = 1e-5
+TOLERANCE, LOGITS = 1e-5, 1e-4  # as in tests/test_distributed.py
 # way -> its settings, the name of what wraps the model, its jobs.
 WAYS = {
     "ddp": ({}, "DistributedDataParallel", ["deeper", "gpt2", "bloom", "gemma2", "trainer_selected"]),
@@ -64,9 +64,9 @@ def test_two_processes_do_what_one_does_with_the_whole_batch(way, one, tmp_path)
             assert seen["forwards_while_saving"] == 0, job
             for name in ("choices", "generated", "runs_again"):
                 assert seen.get(name) == expected.get(name), (job, name)
-            for name in ("logits", "gradient"):
+            for name, tolerance in (("logits", LOGITS), ("gradient", TOLERANCE)):
                 if seen.get(name) is not None:  # DeepSpeed keeps gradients to itself
-                    assert close(seen[name], expected[name], TOLERANCE), (job, name)
+                    assert close(seen[name], expected[name], tolerance), (job, name)
         found = prompts_in(tmp_path / way / job)
         assert found.shape == (sum(LENGTHS), 32)
         assert close(found, prompts_in(folder), TOLERANCE), job
