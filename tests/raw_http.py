@@ -34,6 +34,7 @@ def post(path: bytes, body: dict | bytes, *headers: bytes, host: bytes | None = 
 
 def status(answer: bytes) -> int:
     """0 where there was none."""
+    answer = answer.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
     return int(answer.split(b" ", 2)[1]) if answer.startswith(b"HTTP/1.1 ") else 0
 
 

@@ -252,3 +252,39 @@ def test_an_error_is_short_and_can_be_written_whatever_the_request_said(prompter
     assert len(error.message) == len(error.param) == 1000
     error.message.encode()
     error.param.encode()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stop": ["<|idp:0:00|>"]},
+        {"user": "a <|idp:3:03|> b"},
+        {"metadata": {"<|idp:1:02|>": 1}},
+        {"guided_choice": ["w5", "<|idp:1:02|>"]},
+        {"response_format": {"type": "json_schema", "json_schema": {"const": "<|idp:1:02|>"}}},
+    ],
+)
+def test_no_field_may_hold_a_name_of_a_soft_prompts_token(prompter, path, fields):
+    (name,) = fields
+    error = refused(prompter, path, fields)
+    assert (error.message, error.param) == (f"`{name}` must not hold the names of soft prompt tokens", name)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": "w5 <|idp:0:00|>"},
+        {"content": [{"type": "text", "text": "<|idp:0:00|>"}]},
+        {"content": "w5", "reasoning": "<|idp:0:00|>"},
+        {"content": "w5", "tool_calls": [{"function": {"name": "f", "arguments": "<|idp:0:00|>"}}]},
+        {"content": "w5", "tool_calls": [{"function": {"name": "f", "arguments": '"<|idp:0:\\u0030\\u0030|>"'}}]},
+        {"content": "w5", "<|idp:0:00|>": "w5"},
+    ],
+)
+def test_no_message_may_hold_one_where_ever_it_stands(prompter, message):
+    """Whether the template shows it or not: the engine's may."""
+    assert "must not hold the names" in refused(prompter, "chat", {"messages": [{"role": "user", **message}]}).message
+
+
+def test_names_that_are_no_tokens_are_text(prompter):
+    prompter.chat({"messages": [{"role": "user", "content": "w5 <|idp:9:99|> <|idp:"}]})

@@ -40,9 +40,10 @@ class _Connection(H11Protocol):
         super().connection_made(transport)
         self._since = self.loop.time()
         self._look_again()
-        if len(self.connections) > self.limit:
+        alive = [one for one in self.connections if not one.transport.is_closing()]
+        if len(alive) > self.limit:
             # Those whose headers have not come go first, then those whose bodies have not, and of each the oldest.
-            owing = (one for one in self.connections if one is not self and one._owes_request())
+            owing = (one for one in alive if one is not self and one._owes_request())
             first = min(owing, key=lambda one: (one.conn.their_state is not h11.IDLE, one._since), default=self)
             first.transport.abort()
 

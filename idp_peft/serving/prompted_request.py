@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import re
 from collections.abc import Callable, Collection, Generator, Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ MAX_TOKENS, MAX_TEXTS, MAX_REQUEST_TOKENS, CHARACTERS_PER_TOKEN = 8192, 256, 327
 # A piece of work is short up to so many characters, and up to so many texts of so many tokens.
 _SHORT_CHARACTERS, _SHORT_TOKENS = 16384, 1024
 _TEXTS_READ, _TEXTS_ROUTED = 64, 8
+_NAME = re.compile(r"<\|idp:[^|]*\|>")  # as `PromptVocabulary` names tokens
 
 
 class Piece(NamedTuple):
@@ -73,6 +75,7 @@ class RequestPrompter:
         self.max_characters = max_characters or CHARACTERS_PER_TOKEN * self.max_request_tokens
         self.extra_fields = frozenset(extra_fields)
         self.texts = TextProcess(router.tokenizer)
+        self._names = {token for tokens in exported.tokens for token in tokens}
 
     def completion(self, body: dict) -> tuple[dict, list[int]]:
         """The body for the engine's `/v1/completions`, and the prompts chosen, one for each text.
@@ -129,7 +132,15 @@ class RequestPrompter:
         return self._never_generating(body, CHAT_FIELDS), chosen
 
     def _checked(self, body: dict, fields: dict[str, Field]) -> dict:
-        return checked_fields(body, fields, self.exported.vocab_size, self.extra_fields)
+        body = checked_fields(body, fields, self.exported.vocab_size, self.extra_fields)
+        for name, value in body.items():
+            if name != "prompt":  # there they are seen when it is tokenised
+                self._check_names(name, value)
+        return body
+
+    def _check_names(self, param: str, value) -> None:
+        if self._names.intersection(_NAME.findall(json.dumps(value, ensure_ascii=False))):
+            raise RequestError(400, f"`{param}` must not hold the names of soft prompt tokens", param)
 
     def _read(self, texts: list[str] | list[list[int]], special: bool, param: str) -> Generator[Piece, Any, list]:
         """The token ids of texts, each of them checked."""
@@ -194,13 +205,15 @@ class RequestPrompter:
         settings = {"add_generation_prompt": body.get("add_generation_prompt", True)}
         given = ("tools", "documents", "continue_final_message", "reasoning_effort")
         settings |= {name: body[name] for name in given if name in body}
-        text = yield Piece("chat", functools.partial(self._text_of, body["messages"], {**settings, **template_kwargs}))
+        messages = _with_parsed_arguments(body["messages"])
+        self._check_names("messages", messages)
+        text = yield Piece("chat", functools.partial(self._text_of, messages, {**settings, **template_kwargs}))
         self._check_characters(len(text), "messages")
         behind = "".join(self.exported.tokens[0]) + text
         row, whole = yield self._reading([text, behind], False, "messages")
         self._check_lengths([row], "messages")
         if any(token >= self.exported.vocab_size for token in row):
-            raise RequestError(400, "`messages` must not hold the names of soft prompt tokens", "messages")
+            raise RequestError(400, "`messages` must not make the names of soft prompt tokens", "messages")
         if whole != self.exported.token_ids[0] + row:
             raise RequestError(
                 501, "this model's tokenizer reads text behind a soft prompt in another way: use /v1/completions"
@@ -210,7 +223,7 @@ class RequestPrompter:
     def _text_of(self, messages: list[dict], settings: dict) -> str:
         try:
             template = self.router.tokenizer.get_chat_template(None, settings.get("tools"))
-            chat = {**settings, "conversation": _with_parsed_arguments(messages), "chat_template": template}
+            chat = {**settings, "conversation": messages, "chat_template": template}
             return self.texts.rendered(chat, self.max_characters)
         except ValueError as error:  # what the process says, and a tokenizer without a template
             raise RequestError(400, f"the chat template refuses these messages: {error}", "messages") from error
