@@ -160,9 +160,24 @@ class ProxyOptions:
     served_model_name: str | None = _option(None, "Name the engine serves it under (default: --model, as vLLM's).")
     host: str = _option("127.0.0.1", "Address to listen on.")
     port: int = _option(8100, "Port to listen on.")
-    max_body_bytes: int = _option(4194304, "Bytes that a request may have.")
-    max_tokens: int | None = _option(None, "Tokens that a text may have (default: the base's positions).")
+    max_body_bytes: int = _option(1048576, "Bytes that a request may have.")
+    max_tokens: int | None = _option(None, "Tokens that a text may have (default: the base's positions, 8192 at most).")
+    max_texts: int = _option(256, "Texts that a request may have.")
+    max_request_tokens: int | None = _option(
+        None, "Tokens that all texts of a request may have (default: 32768, or --max_tokens if that is more)."
+    )
+    max_characters: int | None = _option(
+        None, "Characters that all texts of a request may have (default: 16 for each of --max_request_tokens)."
+    )
+    max_requests: int = _option(256, "Requests that are worked on at once; more are answered 503.")
+    max_connections: int = _option(512, "Connections at once; above it, those that have owed a request for longest go.")
+    client_timeout: float = _option(
+        30.0, "Seconds within which a request must arrive whole, and that an answer may be left unread."
+    )
     timeout: float = _option(600.0, "Seconds that the engine may be silent.")
     allow_origins: list[str] | None = _option(
         None, "Origins of web pages that may call from a browser, https://chat.example.org; '*': all (default: none)."
+    )
+    engine_fields: list[str] | None = _option(
+        None, "Fields of the engine's own that requests may hold; they are handed on unchecked."
     )

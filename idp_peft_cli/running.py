@@ -110,8 +110,15 @@ def _proxy(options) -> None:
         port=options.port,
         max_body_bytes=options.max_body_bytes,
         max_tokens=options.max_tokens,
+        max_texts=options.max_texts,
+        max_request_tokens=options.max_request_tokens,
+        max_characters=options.max_characters,
+        max_requests=options.max_requests,
+        max_connections=options.max_connections,
+        client_timeout=options.client_timeout,
         timeout=options.timeout,
         allow_origins=options.allow_origins,
+        engine_fields=options.engine_fields or (),
     )
 
 

@@ -22,10 +22,12 @@ except ImportError:
 
 
 class Server:
-    """A server on a free port, for a `with`."""
+    """A server on a free port, for a `with`. Settings go to uvicorn."""
 
-    def __init__(self, app, port: int = 0) -> None:
-        config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="critical", timeout_graceful_shutdown=1)
+    def __init__(self, app, port: int = 0, **settings) -> None:
+        config = uvicorn.Config(
+            app, host="127.0.0.1", port=port, log_level="critical", timeout_graceful_shutdown=1, **settings
+        )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import json
 import socket
 
@@ -16,16 +15,16 @@ pytest.importorskip("uvicorn", reason="the proxy's server is in the extra 'servi
 from starlette.middleware.cors import CORSMiddleware
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from idp_peft.serving import ExportedModel, Router, export_to_vocab, proxy_app
+from idp_peft.serving import ExportedModel, Router, export_to_vocab
 from idp_peft.serving.prompted_request import RequestPrompter
-from idp_peft.serving.proxy import ProxySettings
 from idp_peft.serving.run_proxy import run_proxy
 from idp_peft_cli import main
-from tests.loopback import Engine, Server, client
+from tests.loopback import Engine, Server
 from tests.patience import PATIENCE
 from tests.tiny import VOCAB
 from tests.tiny_chats import chat_tokenizer
 from tests.tiny_folder import tiny_texts
+from tests.tiny_proxy import error_of, starting
 from tests.tiny_serving import saved
 
 CHAT = [{"role": "user", "content": "w5 w11 w7 w30"}]
@@ -48,20 +47,6 @@ def prompter(exported):
     return RequestPrompter(Router.from_pretrained(exported.folder), exported)
 
 
-@contextlib.contextmanager
-def starting(prompter):
-    """Gives start(engine, **settings) -> a client of a proxy in front of the engine; ends them all."""
-    with contextlib.ExitStack() as stack:
-
-        def start(engine: Engine | str, **settings):
-            if isinstance(engine, Engine):
-                engine = stack.enter_context(Server(engine.app)).url
-            app = proxy_app(prompter, ProxySettings(engine, "tiny", **settings))
-            return stack.enter_context(client(stack.enter_context(Server(app)).url))
-
-        yield start
-
-
 @pytest.fixture
 def serve(prompter):
     with starting(prompter) as start:
@@ -75,13 +60,6 @@ def unasked(prompter):
     with starting(prompter) as start:
         yield engine, start(engine), start(engine, api_key="right")
     assert engine.headers == []
-
-
-def error_of(response, status: int) -> dict:
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return error
 
 
 def chosen_by(one, ids: list[int]) -> int:
@@ -153,7 +131,7 @@ def test_a_request_can_force_its_prompt(serve, exported, one, forced, number):
 def test_sampling_requests_are_told_never_to_pick_a_prompts_token(serve, exported):
     engine = Engine()
     proxy = serve(engine)
-    for body in ({"prompt": "w5"}, {"prompt": "w5", "temperature": 0.7, "logit_bias": {"5": 3, "97": 50}}):
+    for body in ({"prompt": "w5"}, {"prompt": "w5", "temperature": 0.7, "logit_bias": {"5": 3, "97": -100}}):
         proxy.post("/v1/completions", json=body)
         expected = {str(token): -100.0 for token in range(VOCAB, 128)}
         assert engine.seen[-1]["logit_bias"] == {**({"5": 3} if "logit_bias" in body else {}), **expected}
@@ -288,19 +266,16 @@ def test_a_bad_chat_is_a_400_that_says_why(unasked, body, param, text):
 def test_a_tokenizer_that_reads_text_behind_a_prompt_differently_serves_no_chats(prompter, monkeypatch):
     from idp_peft.serving.openai_errors import RequestError
 
-    tokenizer, real = prompter.router.tokenizer, prompter.router.tokenizer.__call__
+    real = prompter.texts.token_ids
 
-    class Other:
+    def other(texts, *settings):
         """As those that put a space in front of a text's first word alone."""
+        rows = real(texts, *settings)
+        return [
+            [*row[:4], 9, *row[4:]] if text.startswith("<|idp") else row for text, row in zip(texts, rows, strict=True)
+        ]
 
-        def __call__(self, text, **settings):
-            found = real(text, **settings)["input_ids"]
-            return {"input_ids": [*found[:4], 9, *found[4:]] if text.startswith("<|idp") else found}
-
-        def __getattr__(self, name):
-            return getattr(tokenizer, name)
-
-    monkeypatch.setattr(prompter.router, "tokenizer", Other())
+    monkeypatch.setattr(prompter.texts, "token_ids", other)
     with pytest.raises(RequestError, match="reads text behind a soft prompt in another way") as caught:
         prompter.chat({"messages": CHAT})
     assert caught.value.status == 501
@@ -364,7 +339,7 @@ def test_an_error_of_the_proxy_itself_is_a_500_that_gives_nothing_away(serve, pr
     def fail(body):
         raise RuntimeError("/secret/path")
 
-    monkeypatch.setattr(prompter, "completion", fail)
+    monkeypatch.setattr(prompter, "completion_pieces", fail)
     error = error_of(serve(Engine()).post("/v1/completions", json={"prompt": "w5"}), 500)
     assert error["message"] == "the proxy failed: see its log"
 

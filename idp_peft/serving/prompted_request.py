@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
+import re
+from collections.abc import Callable, Collection, Generator, Iterator
+from typing import Any, NamedTuple
 
 from idp_peft.prompt_ids import AUTO, CHOOSES, check_prompt_ids
 from idp_peft.serving.chat_template import VARIABLE
 from idp_peft.serving.exported import ExportedModel
 from idp_peft.serving.openai_errors import RequestError
+from idp_peft.serving.request_fields import CHAT_FIELDS, COMPLETION_FIELDS, Field, check_size, checked_fields, steers
 from idp_peft.serving.router import Router
+from idp_peft.serving.text_process import TextError, TextProcess
 
-# Fields with which an engine would show the prompt's tokens as text, cut them off, or put something in front of them.
-_REFUSED = {
-    "echo": "it would return the soft prompt's tokens as text",
-    "prompt_logprobs": "it would return the soft prompt's tokens",
-    "truncate_prompt_tokens": "it would cut the soft prompt off",
-    "prompt_embeds": "send `prompt`",
-    "chat_template": "the served one puts the soft prompt in front",
-}
+MAX_TOKENS, MAX_TEXTS, MAX_REQUEST_TOKENS, CHARACTERS_PER_TOKEN = 8192, 256, 32768, 16
+# A piece of work is short up to so many characters, and up to so many texts of so many tokens.
+_SHORT_CHARACTERS, _SHORT_TOKENS = 16384, 1024
+_TEXTS_READ, _TEXTS_ROUTED = 64, 8
+_NAME = re.compile(r"<\|idp:[^|]*\|>")  # as `PromptVocabulary` names tokens
+
+
+class Piece(NamedTuple):
+    """A part of the work on one request, behind which others may have their turn.
+
+    Args:
+        lane (`str`): `"chat"`, `"short"` or `"long"`: what it waits for. Long texts do not stand in the way of short ones.
+        work (`Callable`): does it.
+    """
+
+    lane: str
+    work: Callable[[], Any]
+
+
+# Yields pieces, is sent what each returns, and returns a body and its prompts.
+Pieces = Generator[Piece, Any, tuple[dict, list[int]]]
 
 
 class RequestPrompter:
@@ -29,13 +48,34 @@ class RequestPrompter:
     Args:
         router (`Router`): who chooses.
         exported (`ExportedModel`): which tokens a prompt is.
-        max_tokens (`int`, *optional*, defaults to the base's `max_position_embeddings`): longer texts are refused, because
-            the time of a choice grows with the square of their length.
+        max_tokens (`int`, *optional*, defaults to the base's `max_position_embeddings`, 8192 at most): tokens of a text;
+            the time of a choice grows with their square.
+        max_texts (`int`, defaults to `256`): texts of a request.
+        max_request_tokens (`int`, *optional*, defaults to 32768, or `max_tokens` if that is more): tokens of all its texts.
+        max_characters (`int`, *optional*, defaults to 16 for each of `max_request_tokens`): characters of all its texts;
+            more are refused before they are tokenised.
+        extra_fields (`Collection[str]`): fields of the engine's own that are handed on, unchecked.
     """
 
-    def __init__(self, router: Router, exported: ExportedModel, max_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        router: Router,
+        exported: ExportedModel,
+        max_tokens: int | None = None,
+        max_texts: int = MAX_TEXTS,
+        max_request_tokens: int | None = None,
+        max_characters: int | None = None,
+        extra_fields: Collection[str] = (),
+    ) -> None:
         self.router, self.exported = router, exported
-        self.max_tokens = max_tokens or getattr(router.layer.decoder.config, "max_position_embeddings", None)
+        positions = getattr(router.layer.decoder.config, "max_position_embeddings", None) or MAX_TOKENS
+        self.max_tokens = max_tokens or min(positions, MAX_TOKENS)
+        self.max_texts = max_texts
+        self.max_request_tokens = max_request_tokens or max(MAX_REQUEST_TOKENS, self.max_tokens)
+        self.max_characters = max_characters or CHARACTERS_PER_TOKEN * self.max_request_tokens
+        self.extra_fields = frozenset(extra_fields)
+        self.texts = TextProcess(router.tokenizer)
+        self._names = {token for tokens in exported.tokens for token in tokens}
 
     def completion(self, body: dict) -> tuple[dict, list[int]]:
         """The body for the engine's `/v1/completions`, and the prompts chosen, one for each text.
@@ -43,14 +83,7 @@ class RequestPrompter:
         Raises:
             `RequestError`: with status 400, for what cannot be served.
         """
-        body = self._checked(body)
-        special = body.pop("add_special_tokens", True)
-        rows = [self._token_ids(text, special) for text in _texts(body.get("prompt"))]
-        chosen = self._choose(rows, body.pop(VARIABLE, None))
-        body["prompt"] = [self._prefix(prompt) + row for prompt, row in zip(chosen, rows, strict=True)]
-        if len(rows) == 1:
-            (body["prompt"],) = body["prompt"]
-        return self._never_generating(body), chosen
+        return _at_once(self.completion_pieces(body))
 
     def chat(self, body: dict) -> tuple[dict, list[int]]:
         """The body for the engine's `/v1/chat/completions`, and the prompt chosen, as a list of one.
@@ -61,13 +94,29 @@ class RequestPrompter:
             `RequestError`: as [`completion`], and with status 501 for a tokenizer that reads text behind the prompt's tokens
                 in another way than alone.
         """
-        body = self._checked(body)
+        return _at_once(self.chat_pieces(body))
+
+    def completion_pieces(self, body: dict) -> Pieces:
+        """[`completion`], piece by piece."""
+        body = self._checked(body, COMPLETION_FIELDS)
+        special = body.pop("add_special_tokens", True)
+        texts = _texts(body.get("prompt"), self.max_texts)
+        rows = yield from self._read(texts, special, "prompt")
+        chosen = yield from self._choose(rows, body.pop(VARIABLE, None))
+        body["prompt"] = [self._prefix(prompt) + row for prompt, row in zip(chosen, rows, strict=True)]
+        if len(rows) == 1:
+            (body["prompt"],) = body["prompt"]
+        return self._never_generating(body, COMPLETION_FIELDS), chosen
+
+    def chat_pieces(self, body: dict) -> Pieces:
+        """[`chat`], piece by piece."""
+        body = self._checked(body, CHAT_FIELDS)
         if body.get("add_special_tokens"):
             raise RequestError(
                 400, "`add_special_tokens` would put a token in front of the prompt", "add_special_tokens"
             )
         body["messages"] = _as_text(body.get("messages"))
-        template_kwargs = body.get("chat_template_kwargs") or {}
+        template_kwargs = body.get("chat_template_kwargs", {})
         taken = {VARIABLE, *inspect.signature(self.router.tokenizer.apply_chat_template).parameters}
         if not isinstance(template_kwargs, dict) or taken & set(template_kwargs):
             which = sorted(taken & set(template_kwargs)) if isinstance(template_kwargs, dict) else []
@@ -76,110 +125,187 @@ class RequestPrompter:
                 f"`chat_template_kwargs` must be an object of variables of the template, without {which}",
                 "chat_template_kwargs",
             )
-        row = self._rendered(body, template_kwargs)
-        chosen = self._choose([row], body.pop(VARIABLE, None))
+        row = yield from self._rendered(body, template_kwargs)
+        chosen = yield from self._choose([row], body.pop(VARIABLE, None))
         if chosen[0] >= 0:
             body["chat_template_kwargs"] = {**template_kwargs, VARIABLE: chosen[0]}
-        return self._never_generating(body), chosen
+        return self._never_generating(body, CHAT_FIELDS), chosen
 
-    def _checked(self, body: dict) -> dict:
-        for name, why in _REFUSED.items():
-            if body.get(name) not in (None, False):
-                raise RequestError(400, f"`{name}` is not served with soft prompts: {why}", name)
-        return dict(body)
+    def _checked(self, body: dict, fields: dict[str, Field]) -> dict:
+        body = checked_fields(body, fields, self.exported.vocab_size, self.extra_fields)
+        for name, value in body.items():
+            if name != "prompt":  # there they are seen when it is tokenised
+                self._check_names(name, value)
+        return body
 
-    def _token_ids(self, text: str | list[int], special: bool) -> list[int]:
-        if isinstance(text, str):
-            text = self._tokenised(text, bool(special), "prompt")
+    def _check_names(self, param: str, value) -> None:
+        if self._names.intersection(_NAME.findall(json.dumps(value, ensure_ascii=False))):
+            raise RequestError(400, f"`{param}` must not hold the names of soft prompt tokens", param)
+
+    def _read(self, texts: list[str] | list[list[int]], special: bool, param: str) -> Generator[Piece, Any, list]:
+        """The token ids of texts, each of them checked."""
+        rows = texts
+        if isinstance(texts[0], str):
+            rows = yield from self._tokenised(texts, special, param)
+        self._check_lengths(rows, param)
         limit = self.exported.vocab_size
-        if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < limit for token in text):
-            raise RequestError(
-                400, f"`prompt` must hold token ids from 0 to {limit - 1}: the rest are soft prompts' own", "prompt"
-            )
-        self._check_length(text, "prompt")
-        if not text:
-            raise RequestError(400, "`prompt` must not be empty: a prompt is chosen by what stands behind it", "prompt")
-        return text
+        for row in rows:
+            if set(map(type, row)) - {int} or (row and not 0 <= min(row) <= max(row) < limit):
+                raise RequestError(
+                    400, f"`{param}` must hold token ids from 0 to {limit - 1}: the rest are soft prompts' own", param
+                )
+        if [] in rows:
+            raise RequestError(400, f"`{param}` must not be empty: a prompt is chosen by what stands behind it", param)
+        return rows
 
-    def _tokenised(self, text: str, special: bool, param: str) -> list[int]:
-        try:
-            return self.router.tokenizer(text, add_special_tokens=special)["input_ids"]
-        except (TypeError, ValueError) as error:  # half a surrogate pair, which JSON can hold
-            raise RequestError(400, f"`{param}` is no valid text: {error}", param) from error
+    def _tokenised(self, texts: list[str], special: bool, param: str) -> Generator[Piece, Any, list]:
+        self._check_characters(sum(map(len, texts)), param)
+        rows: list[list[int] | int] = []
+        for some in _in_pieces(texts):
+            rows += yield self._reading(some, special, param)
+            self._check_lengths(rows, param)
+        return rows
 
-    def _check_length(self, row: list[int], param: str) -> None:
-        if self.max_tokens is not None and len(row) > self.max_tokens:
+    def _reading(self, texts: list[str], special: bool, param: str) -> Piece:
+        """The token ids of each text, or how many there are where they are too many."""
+
+        def work() -> list[list[int] | int]:
+            try:
+                return self.texts.token_ids(texts, special, self.max_request_tokens + len(self.exported.token_ids[0]))
+            except TextError as error:  # half a surrogate pair, which JSON can hold, or one that takes too long
+                raise RequestError(400, f"`{param}` is no valid text: {error}", param) from error
+
+        return Piece("short" if sum(map(len, texts)) <= _SHORT_CHARACTERS else "long", work)
+
+    def _check_characters(self, count: int, param: str) -> None:
+        if count > self.max_characters:
             raise RequestError(
                 400,
-                f"`{param}` has {len(row)} tokens, at most {self.max_tokens} are served",
+                f"`{param}` has {count} characters, at most {self.max_characters} are served",
                 param,
                 "context_length_exceeded",
             )
 
-    def _rendered(self, body: dict, template_kwargs: dict) -> list[int]:
+    def _check_lengths(self, rows: list[list[int] | int], param: str) -> None:
+        lengths = [row if isinstance(row, int) else len(row) for row in rows]
+        for count, most, where in (
+            (max(lengths), self.max_tokens, ""),
+            (sum(lengths), self.max_request_tokens, " in all its texts"),
+        ):
+            if count > most:
+                raise RequestError(
+                    400,
+                    f"`{param}` has {count} tokens{where}, at most {most} are served",
+                    param,
+                    "context_length_exceeded",
+                )
+
+    def _rendered(self, body: dict, template_kwargs: dict) -> Generator[Piece, Any, list[int]]:
         """The token ids of a chat, without a soft prompt."""
-        tokenizer = self.router.tokenizer
         settings = {"add_generation_prompt": body.get("add_generation_prompt", True)}
         given = ("tools", "documents", "continue_final_message", "reasoning_effort")
-        settings |= {name: body[name] for name in given if body.get(name) is not None}
-        try:
-            text = tokenizer.apply_chat_template(
-                _with_parsed_arguments(body["messages"]), tokenize=False, **{**settings, **template_kwargs}
-            )
-        except Exception as error:  # a template is a program, and raises what it likes
-            raise RequestError(400, f"the chat template refuses these messages: {error}", "messages") from error
-        row = self._tokenised(text, False, "messages")
-        self._check_length(row, "messages")
-        behind = self._tokenised("".join(self.exported.tokens[0]) + text, False, "messages")
+        settings |= {name: body[name] for name in given if name in body}
+        messages = _with_parsed_arguments(body["messages"])
+        self._check_names("messages", messages)
+        text = yield Piece("chat", functools.partial(self._text_of, messages, {**settings, **template_kwargs}))
+        self._check_characters(len(text), "messages")
+        behind = "".join(self.exported.tokens[0]) + text
+        row, whole = yield self._reading([text, behind], False, "messages")
+        self._check_lengths([row], "messages")
         if any(token >= self.exported.vocab_size for token in row):
-            raise RequestError(400, "`messages` must not hold the names of soft prompt tokens", "messages")
-        if behind != self.exported.token_ids[0] + row:
+            raise RequestError(400, "`messages` must not make the names of soft prompt tokens", "messages")
+        if whole != self.exported.token_ids[0] + row:
             raise RequestError(
                 501, "this model's tokenizer reads text behind a soft prompt in another way: use /v1/completions"
             )
         return row
 
-    def _choose(self, rows: list[list[int]], forced) -> list[int]:
+    def _text_of(self, messages: list[dict], settings: dict) -> str:
+        try:
+            template = self.router.tokenizer.get_chat_template(None, settings.get("tools"))
+            chat = {**settings, "conversation": messages, "chat_template": template}
+            return self.texts.rendered(chat, self.max_characters)
+        except ValueError as error:  # what the process says, and a tokenizer without a template
+            raise RequestError(400, f"the chat template refuses these messages: {error}", "messages") from error
+
+    def _choose(self, rows: list[list[int]], forced) -> Generator[Piece, Any, list[int]]:
         config = self.router.config
         wanted = forced if isinstance(forced, list) else [AUTO if forced is None else forced] * len(rows)
         try:
             given = check_prompt_ids(wanted, len(rows), config.num_prompts, config.prompt_names).tolist()
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise RequestError(400, str(error).replace("prompt_ids", VARIABLE), VARIABLE) from error
         open_rows = [index for index, prompt in enumerate(given) if prompt == CHOOSES]
-        if open_rows:
-            try:
-                selection = self.router.route([rows[index] for index in open_rows])
-            except ValueError as error:
-                raise RequestError(400, str(error), "prompt") from error
-            for index, prompt in zip(open_rows, selection.prompt_ids.tolist(), strict=True):
+        for some in _of_like_length(open_rows, rows):
+            for index, prompt in zip(some, (yield self._choosing([rows[index] for index in some])), strict=True):
                 given[index] = prompt
         return given
+
+    def _choosing(self, rows: list[list[int]]) -> Piece:
+        def work() -> list[int]:
+            try:
+                return self.router.route(rows).prompt_ids.tolist()
+            except ValueError as error:
+                raise RequestError(400, str(error), "prompt") from error
+
+        return Piece("short" if len(rows[-1]) <= _SHORT_TOKENS else "long", work)
 
     def _prefix(self, prompt: int) -> list[int]:
         return self.exported.token_ids[prompt] if prompt >= 0 else []
 
-    def _never_generating(self, body: dict) -> dict:
+    def _never_generating(self, body: dict, fields: dict[str, Field]) -> dict:
         """Greedy decoding of an untied model cannot pick a new token; all else is told not to."""
-        if body.get("temperature") == 0 and not self.exported.tied:
+        if body.get("temperature") == 0 and not self.exported.tied and not steers(body, fields):
             return body
-        bias = body.get("logit_bias") or {}
-        if not isinstance(bias, dict):
-            raise RequestError(400, "`logit_bias` must be an object", "logit_bias")
-        body["logit_bias"] = {**bias, **self.exported.logit_bias}
+        body["logit_bias"] = {**body.get("logit_bias", {}), **self.exported.logit_bias}
         return body
 
 
-def _texts(prompt) -> list[str | list[int]]:
+def _at_once(pieces: Pieces) -> tuple[dict, list[int]]:
+    result = None
+    while True:
+        try:
+            piece = pieces.send(result)
+        except StopIteration as done:
+            return done.value
+        result = piece.work()
+
+
+def _texts(prompt, most: int) -> list[str] | list[list[int]]:
     """What a completion's `prompt` holds: texts or lists of token ids."""
     if isinstance(prompt, str):
         return [prompt]
     if isinstance(prompt, list) and prompt:
+        if len(prompt) > most and isinstance(prompt[0], (str, list)):
+            raise RequestError(400, f"`prompt` has {len(prompt)} texts, at most {most} are served", "prompt")
         if all(isinstance(part, str) for part in prompt) or all(isinstance(part, list) for part in prompt):
             return prompt
         if not any(isinstance(part, (str, list)) for part in prompt):
             return [prompt]
     raise RequestError(400, "`prompt` must be a text, a list of token ids, or a list of either", "prompt")
+
+
+def _in_pieces(texts: list[str]) -> Iterator[list[str]]:
+    """Texts in their order, as many at once as are short together; a long one alone."""
+    some: list[str] = []
+    for text in texts:
+        if some and (len(some) == _TEXTS_READ or sum(map(len, some)) + len(text) > _SHORT_CHARACTERS):
+            yield some
+            some = []
+        some.append(text)
+    yield some
+
+
+def _of_like_length(indices: list[int], rows: list[list[int]]) -> Iterator[list[int]]:
+    """Rows from short to long, a few at once; a long one alone."""
+    some: list[int] = []
+    for index in sorted(indices, key=lambda index: len(rows[index])):
+        if some and (len(some) == _TEXTS_ROUTED or len(rows[index]) > _SHORT_TOKENS):
+            yield some
+            some = []
+        some.append(index)
+    if some:
+        yield some
 
 
 def _as_text(messages) -> list[dict]:
@@ -221,4 +347,7 @@ def _with_parsed(call):
         arguments = json.loads(function["arguments"] or "{}")
     except ValueError:
         return call
+    except RecursionError as error:
+        raise RequestError(400, "the arguments of a tool call are nested too deep", "messages") from error
+    check_size([arguments])
     return {**call, "function": {**function, "arguments": arguments}}

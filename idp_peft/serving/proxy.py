@@ -6,7 +6,7 @@ import contextlib
 import hmac
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
 import anyio
@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 
 from idp_peft.serving.browser_origins import AllowedOrigins
 from idp_peft.serving.openai_errors import RequestError
-from idp_peft.serving.prompted_request import RequestPrompter
+from idp_peft.serving.prompted_request import Pieces, RequestPrompter
 
 try:
     import httpx2 as httpx
@@ -29,29 +29,14 @@ except ImportError:
 logger = logging.getLogger(__name__)
 
 CHOSEN = "x-idp-prompt"  # response header: the prompt of each text
+COMPLETIONS, CHAT, MODELS, HEALTH = "/v1/completions", "/v1/chat/completions", "/v1/models", "/health"
+# How many pieces of work of each kind run at once: see `Piece`.
+_LANES = {"chat": 2, "short": 1, "long": 1}
 _CONNECT_SECONDS = 5
-# What belongs to one connection, or is made anew; and what must not be handed on. (The engine answers the proxy, not a
-# web page: where the page is from is no matter of its own, and neither is who may read the answer.)
-_ABOUT_PAGES = "access-control-"
-_NOT_FORWARDED = {
-    "host",
-    "content-length",
-    "content-type",
-    "connection",
-    "transfer-encoding",
-    "accept-encoding",
-    "expect",
-    "origin",
-}
-_NOT_RETURNED = {
-    "content-length",
-    "connection",
-    "transfer-encoding",
-    "content-encoding",
-    "server",
-    "date",
-    "keep-alive",
-}
+_HELD = 256 * 2**10  # bytes of an answer that are waited for; of a longer one, each part is sent as it comes
+# Of a request's headers and an answer's, only these are handed on.
+_FORWARDED = ("accept", "traceparent", "tracestate")
+_RETURNED = ("content-type", "cache-control", "retry-after", "x-request-id")
 
 
 @dataclass(frozen=True)
@@ -64,19 +49,21 @@ class ProxySettings:
         api_key (`str`, *optional*): bearer token that requests must carry.
         engine_api_key (`str`, *optional*): bearer token that the engine wants. Without it and without `api_key`, the
             request's own is handed on.
-        max_body (`int`, defaults to 4 MiB): bytes of a request.
+        max_body (`int`, defaults to 1 MiB): bytes of a request.
         timeout (`float`, defaults to `600`): seconds that the engine may be silent.
         allow_origins (`tuple[str]`, defaults to none): origins of the web pages that may call from a browser, `("*",)` for
             all.
+        max_requests (`int`, defaults to `256`): requests that are worked on at once.
     """
 
     engine: str
     model: str
     api_key: str | None = None
     engine_api_key: str | None = None
-    max_body: int = 4 * 2**20
+    max_body: int = 2**20
     timeout: float = 600.0
     allow_origins: tuple[str, ...] = ()
+    max_requests: int = 256
 
 
 def proxy_app(prompter: RequestPrompter, settings: ProxySettings) -> ASGIApp:
@@ -91,26 +78,28 @@ def proxy_app(prompter: RequestPrompter, settings: ProxySettings) -> ASGIApp:
     proxy = _Proxy(prompter, settings)
     app = Starlette(
         routes=[
-            Route("/v1/completions", proxy.completions, methods=["POST"]),
-            Route("/v1/chat/completions", proxy.chat, methods=["POST"]),
-            Route("/v1/models", proxy.models, methods=["GET"]),
-            Route("/health", proxy.health, methods=["GET"]),
+            Route(COMPLETIONS, proxy.completions, methods=["POST"]),
+            Route(CHAT, proxy.chat, methods=["POST"]),
+            Route(MODELS, proxy.models, methods=["GET"]),
+            Route(HEALTH, proxy.health, methods=["GET"]),
         ],
         lifespan=proxy.lifespan,
         exception_handlers={RequestError: _answer_error, HTTPException: _answer_http, Exception: _answer_unexpected},
     )
+    app.router.redirect_slashes = False  # it would redirect to the host that the request names
     return AllowedOrigins(app, settings.allow_origins) if settings.allow_origins else app
 
 
 class _Proxy:
     def __init__(self, prompter: RequestPrompter, settings: ProxySettings) -> None:
         self.prompter, self.settings = prompter, settings
+        self.running = 0
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _app) -> AsyncIterator[None]:
         timeout = httpx.Timeout(self.settings.timeout, connect=_CONNECT_SECONDS, pool=None)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
-        self.routing = anyio.CapacityLimiter(1)  # one at a time: routing is computing
+        self.lanes = {lane: anyio.CapacityLimiter(pieces) for lane, pieces in _LANES.items()}
         # `trust_env=False`: a machine's own HTTP proxy has no place between this one and its engine.
         async with httpx.AsyncClient(
             base_url=self.settings.engine, timeout=timeout, limits=limits, trust_env=False
@@ -118,34 +107,62 @@ class _Proxy:
             yield
 
     async def completions(self, request: Request) -> Response:
-        return await self._post(request, self.prompter.completion)
+        return await self._post(request, COMPLETIONS, self.prompter.completion_pieces)
 
     async def chat(self, request: Request) -> Response:
-        return await self._post(request, self.prompter.chat)
+        return await self._post(request, CHAT, self.prompter.chat_pieces)
 
     async def models(self, request: Request) -> Response:
         self._check_token(request)
-        return await self._forward(
-            request, self.client.build_request("GET", "/v1/models", headers=self._headers(request))
-        )
+        return await self._get(request, MODELS, self._headers(request))
 
     async def health(self, request: Request) -> Response:
-        return await self._forward(request, self.client.build_request("GET", "/health"))
+        return await self._get(request, HEALTH, {})
 
-    async def _post(self, request: Request, prompted: Callable[[dict], tuple[dict, list[int]]]) -> Response:
+    async def _get(self, request: Request, path: str, headers: dict) -> Response:
+        message = self._message("GET", path, headers)
+        return await _while_connected(request, lambda: self._ask(message))
+
+    async def _post(self, request: Request, path: str, pieces: Callable[[dict], Pieces]) -> Response:
         self._check_token(request)
         body = _parsed(await self._read(request))
         self._check_model(body)
-        body, chosen = await anyio.to_thread.run_sync(prompted, body, limiter=self.routing)
-        message = self.client.build_request(
-            "POST",
-            request.url.path,
-            content=json.dumps(body).encode(),
-            headers={**self._headers(request), "content-type": "application/json"},
-        )
-        response = await self._forward(request, message)
-        response.headers[CHOSEN] = ",".join(map(str, chosen))
+
+        async def prompt_and_ask() -> Response:
+            prompted, chosen = await self._in_turns(pieces(body))
+            headers = {**self._headers(request), "content-type": "application/json"}
+            response = await self._ask(self._message("POST", path, headers, json.dumps(prompted).encode()))
+            response.headers[CHOSEN] = ",".join(map(str, chosen))
+            return response
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._place())
+            response = await _while_connected(request, prompt_and_ask)
+            if isinstance(response, _Stream):
+                response.when_done = stack.pop_all()
         return response
+
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[None]:
+        if self.running >= self.settings.max_requests:
+            raise RequestError(
+                503, f"{self.running} requests are worked on, which is as many as there may be", code="overloaded"
+            )
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+
+    async def _in_turns(self, pieces: Pieces) -> tuple[dict, list[int]]:
+        """All pieces, each in a thread. In between others have their turn, and nothing is begun for a client that left."""
+        result = None
+        while True:
+            try:
+                piece = pieces.send(result)
+            except StopIteration as done:
+                return done.value
+            result = await anyio.to_thread.run_sync(piece.work, limiter=self.lanes[piece.lane])
 
     def _check_token(self, request: Request) -> None:
         if self.settings.api_key is None:
@@ -162,9 +179,10 @@ class _Proxy:
         if name is None:
             body["model"] = self.settings.model
         elif name != self.settings.model:
+            shown = repr(name) if isinstance(name, str) else f"of type {type(name).__name__}"
             raise RequestError(
                 404,
-                f"the model {name!r} does not exist: this serves {self.settings.model!r}",
+                f"the model {shown} does not exist: this serves {self.settings.model!r}",
                 "model",
                 "model_not_found",
             )
@@ -185,75 +203,115 @@ class _Proxy:
             raise RequestError(400, "the body is incomplete") from error
         return bytes(body)
 
-    def _headers(self, request: Request) -> dict[str, str]:
-        headers = _without(_NOT_FORWARDED, request.headers)
-        if self.settings.api_key is not None or self.settings.engine_api_key is not None:
-            headers.pop("authorization", None)
+    def _headers(self, request: Request) -> dict[str, str | bytes]:
+        headers = {name: request.headers[name].encode("latin-1") for name in _FORWARDED if name in request.headers}
         if self.settings.engine_api_key is not None:
             headers["authorization"] = f"Bearer {self.settings.engine_api_key}"
+        elif self.settings.api_key is None and "authorization" in request.headers:
+            headers["authorization"] = request.headers["authorization"].encode("latin-1")
         return headers
 
-    async def _forward(self, request: Request, message: httpx.Request) -> Response:
-        """The engine's answer; given up where the client goes away."""
-        answer: list[Response] = []
-        async with anyio.create_task_group() as group:
-
-            async def watch() -> None:
-                while (await request.receive())["type"] != "http.disconnect":
-                    pass
-                group.cancel_scope.cancel()
-
-            async def ask() -> None:
-                answer.append(await self._ask(message))
-                group.cancel_scope.cancel()
-
-            group.start_soon(watch)
-            group.start_soon(ask)
-        # Nobody is there to read the other one.
-        return answer[0] if answer else Response(status_code=499)
+    def _message(self, method: str, path: str, headers: dict, content: bytes | None = None) -> httpx.Request:
+        # Not compressed: a few bytes can be made to grow into gigabytes.
+        headers = {**headers, "accept-encoding": "identity"}
+        return self.client.build_request(method, path, headers=headers, content=content)
 
     async def _ask(self, message: httpx.Request) -> Response:
         try:
-            response = await self.client.send(message, stream=True)
-            headers = _without(_NOT_RETURNED, response.headers)
-            if "text/event-stream" in response.headers.get("content-type", ""):
-                return _Stream(response, headers)
+            engine = await self.client.send(message, stream=True)
             try:
-                return Response(await response.aread(), status_code=response.status_code, headers=headers)
-            finally:
-                await response.aclose()
+                answer = await _answer_of(engine)
+            except BaseException:
+                await _let_go(engine)
+                raise
         except httpx.HTTPError as error:
-            return _error_response(_engine_error(error))
+            raise _engine_error(error) from error
+        if not isinstance(answer, _Stream):
+            await _let_go(engine)
+        return answer
+
+
+async def _answer_of(engine: httpx.Response) -> Response:
+    """The engine's answer: whole if it is short, else a stream."""
+    if not 200 <= engine.status_code < 600 or engine.headers.get("content-encoding", "identity") != "identity":
+        raise RequestError(502, "the engine's answer cannot be read", code="engine_failed")
+    headers = {name: engine.headers[name] for name in _RETURNED if name in engine.headers}
+    chunks, start = engine.aiter_raw(), bytearray()
+    if not _is_events(engine):
+        async for chunk in chunks:
+            start += chunk
+            if len(start) > _HELD:
+                break
+        else:
+            return Response(bytes(start), status_code=engine.status_code, headers=headers)
+    return _Stream(engine, bytes(start), chunks, headers)
+
+
+async def _while_connected(request: Request, work: Callable[[], Awaitable[Response]]) -> Response:
+    """What some work answers; given up where the client goes away."""
+    answer: list[Response] = []
+    async with anyio.create_task_group() as group:
+
+        async def watch() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            group.cancel_scope.cancel()
+
+        async def do() -> None:
+            try:
+                answer.append(await work())
+            except RequestError as error:
+                answer.append(_error_response(error))
+            group.cancel_scope.cancel()
+
+        group.start_soon(watch)
+        group.start_soon(do)
+    # Nobody is there to read the other one.
+    return answer[0] if answer else Response(status_code=499)
+
+
+class _BrokenOff(Exception):
+    """The engine went away within an answer that is no stream of events."""
 
 
 class _Stream(StreamingResponse):
-    """The engine's events as they come; where it dies, one more that says so. However it ends, the engine is let go."""
+    """The engine's answer as it comes. Where the engine dies, events end with one that says so, and anything else without
+    its end, so that nobody takes it for whole. However it ends, the engine is let go."""
 
-    def __init__(self, engine: httpx.Response, headers: dict[str, str]) -> None:
-        self.engine = engine
-        super().__init__(self._events(), status_code=engine.status_code, headers=headers)
+    def __init__(self, engine: httpx.Response, start: bytes, rest: AsyncIterator[bytes], headers: dict) -> None:
+        self.engine, self.start, self.rest = engine, start, rest
+        self.when_done = contextlib.ExitStack()
+        super().__init__(self._chunks(), status_code=engine.status_code, headers=headers)
 
-    async def _events(self) -> AsyncIterator[bytes]:
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        if self.start:
+            yield self.start
         try:
-            async for chunk in self.engine.aiter_bytes():
+            async for chunk in self.rest:
                 yield chunk
         except httpx.HTTPError as error:
-            yield f"\n\ndata: {json.dumps(_engine_error(error).body)}\n\n".encode()
+            failed = _engine_error(error)
+            if not _is_events(self.engine):
+                raise _BrokenOff from error
+            yield f"\n\ndata: {json.dumps(failed.body)}\n\n".encode()
 
     async def __call__(self, scope, receive, send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            with anyio.CancelScope(shield=True):
-                await self.engine.aclose()
+        with self.when_done:
+            try:
+                await super().__call__(scope, receive, send)
+            except _BrokenOff:
+                pass
+            finally:
+                await _let_go(self.engine)
 
 
-def _without(names: set[str], headers: Mapping[str, str]) -> dict[str, str]:
-    return {
-        name: value
-        for name, value in headers.items()
-        if name.lower() not in names and not name.lower().startswith(_ABOUT_PAGES)
-    }
+async def _let_go(engine: httpx.Response) -> None:
+    with anyio.CancelScope(shield=True):
+        await engine.aclose()
+
+
+def _is_events(engine: httpx.Response) -> bool:
+    return "text/event-stream" in engine.headers.get("content-type", "")
 
 
 def _engine_error(error: httpx.HTTPError) -> RequestError:
@@ -277,7 +335,7 @@ def _parsed(body: bytes) -> dict:
 
 
 def _error_response(error: RequestError) -> JSONResponse:
-    headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
+    headers = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}.get(error.status)
     return JSONResponse(error.body, status_code=error.status, headers=headers)
 
 
@@ -287,9 +345,9 @@ async def _answer_error(_request: Request, error: Exception) -> JSONResponse:
 
 async def _answer_http(request: Request, error: Exception) -> JSONResponse:
     """An unknown path or method."""
-    return _error_response(RequestError(error.status_code, f"{error.detail}: {request.method} {request.url.path}"))
+    return _error_response(RequestError(error.status_code, f"{error.detail}: {request.method} {request.scope['path']}"))
 
 
 async def _answer_unexpected(request: Request, error: Exception) -> JSONResponse:
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    logger.error("%s %r failed", request.method, request.scope["path"], exc_info=error)
     return _error_response(RequestError(500, "the proxy failed: see its log"))

@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 from idp_peft.error_reason import missing
 from idp_peft.serving.exported import ExportedModel
-from idp_peft.serving.prompted_request import RequestPrompter
+from idp_peft.serving.prompted_request import MAX_TEXTS, RequestPrompter
+from idp_peft.serving.request_fields import REFUSED
 from idp_peft.serving.router import Router
 
 logger = logging.getLogger(__name__)
@@ -25,10 +26,17 @@ def run_proxy(
     served_model_name: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8100,
-    max_body_bytes: int = 4 * 2**20,
+    max_body_bytes: int = 2**20,
     max_tokens: int | None = None,
+    max_texts: int = MAX_TEXTS,
+    max_request_tokens: int | None = None,
+    max_characters: int | None = None,
+    max_requests: int = 256,
+    max_connections: int = 512,
+    client_timeout: float = 30.0,
     timeout: float = 600.0,
     allow_origins: Sequence[str] | None = None,
+    engine_fields: Sequence[str] = (),
 ) -> None:
     """Serve until interrupted. Bearer tokens come from `$IDP_PROXY_API_KEY` (what requests must carry) and
     `$IDP_ENGINE_API_KEY` (what the engine wants), so that they stand in no process list.
@@ -39,11 +47,16 @@ def run_proxy(
         served_model_name (`str`, *optional*, defaults to `model`): the name the engine serves it under.
         host (`str`, defaults to `"127.0.0.1"`): where to listen.
         port (`int`, defaults to `8100`): of it.
-        max_body_bytes (`int`, defaults to 4 MiB): of a request.
-        max_tokens (`int`, *optional*): of a text; see [`RequestPrompter`].
+        max_body_bytes (`int`, defaults to 1 MiB): of a request.
+        max_tokens (`int`, *optional*), max_texts (`int`, defaults to `256`), max_request_tokens (`int`, *optional*),
+            max_characters (`int`, *optional*): of a text, and of a request; see [`RequestPrompter`].
+        max_requests (`int`, defaults to `256`): that are worked on at once.
+        max_connections (`int`, defaults to `512`), client_timeout (`float`, defaults to `30`): see
+            [`client_connections.connections`].
         timeout (`float`, defaults to `600`): seconds that the engine may be silent.
         allow_origins (`Sequence[str]`, *optional*, defaults to none): origins of the web pages that may call from a
             browser, `"*"` for all.
+        engine_fields (`Sequence[str]`): fields of the engine's own that requests may hold.
 
     Raises:
         `ValueError`: for a folder, an address or an origin that is none.
@@ -54,13 +67,27 @@ def run_proxy(
         raise ValueError(f"`engine` must be an address like http://127.0.0.1:8000, got {engine!r}")
     if not 0 < port < 2**16:
         raise ValueError(f"`port` must be between 1 and {2**16 - 1}, got {port}")
-    for name, value in (("max_body_bytes", max_body_bytes), ("max_tokens", max_tokens), ("timeout", timeout)):
+    limits = {
+        "max_body_bytes": max_body_bytes,
+        "max_tokens": max_tokens,
+        "max_texts": max_texts,
+        "max_request_tokens": max_request_tokens,
+        "max_characters": max_characters,
+        "max_requests": max_requests,
+        "max_connections": max_connections,
+        "client_timeout": client_timeout,
+        "timeout": timeout,
+    }
+    for name, value in limits.items():
         if value is not None and value <= 0:
             raise ValueError(f"`{name}` must be positive, got {value}")
     origins = tuple(map(_origin, allow_origins or ()))
+    if refused := sorted(set(engine_fields) & set(REFUSED)):
+        raise ValueError(f"`engine_fields` must not hold {refused[0]!r}: {REFUSED[refused[0]]}")
     try:
         import uvicorn
 
+        from idp_peft.serving.client_connections import connections
         from idp_peft.serving.proxy import ProxySettings, proxy_app
     except ImportError as error:
         raise missing('the proxy needs a web framework: pip install "idp-peft[serving]"', error) from error
@@ -70,16 +97,32 @@ def run_proxy(
         served_model_name or model,
         os.environ.get(API_KEY) or None,
         os.environ.get(ENGINE_API_KEY) or None,
-        max_body_bytes,
-        timeout,
-        origins,
+        max_body=max_body_bytes,
+        timeout=timeout,
+        max_requests=max_requests,
+        allow_origins=origins,
     )
-    app = proxy_app(RequestPrompter(Router.from_pretrained(model), exported, max_tokens), settings)
+    prompter = RequestPrompter(
+        Router.from_pretrained(model),
+        exported,
+        max_tokens,
+        max_texts,
+        max_request_tokens,
+        max_characters,
+        engine_fields,
+    )
+    prompter.texts.start()
     if settings.api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("listening on %s without a bearer token: set $%s to ask for one", host, API_KEY)
     if settings.api_key is None and "*" in origins:
         logger.warning("any web page can send requests without a bearer token: set $%s to ask for one", API_KEY)
-    uvicorn.run(app, host=host, port=port, log_level="info", server_header=False)
+    uvicorn.run(
+        proxy_app(prompter, settings),
+        host=host,
+        port=port,
+        log_level="info",
+        **connections(max_connections, client_timeout),
+    )
 
 
 def _origin(text: str) -> str:

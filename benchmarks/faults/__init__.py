@@ -1,0 +1,1 @@
+"""What strangers, kills and full disks do, by one command each: see README.md."""

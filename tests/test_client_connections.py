@@ -1,0 +1,238 @@
+"""Connections of clients that do not do their part: they are closed, and others are served meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("starlette", reason="the proxy's web framework is in the extra 'serving'")
+pytest.importorskip("uvicorn", reason="the proxy's server is in the extra 'serving'")
+
+import anyio
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
+
+from idp_peft.serving.client_connections import connections
+from tests.loopback import Server, client
+from tests.raw_http import say, status, until_closed
+
+GET = b"GET /short HTTP/1.1\r\nhost: x\r\n\r\n"
+POST = b"POST /body HTTP/1.1\r\nhost: x\r\n"
+
+
+class Application:
+    """`/short` answers at once, `/body` once the body is there, `/long` never ends, `/early` answers before the body."""
+
+    def __init__(self) -> None:
+        self.left, self.held = threading.Event(), threading.Event()
+        self.app = Starlette(
+            routes=[
+                Route("/short", self.short),
+                Route("/early", self.short, methods=["POST"]),
+                Route("/body", self.body, methods=["POST"]),
+                Route("/long", self.long),
+                Route("/slow", self.slow),
+            ]
+        )
+
+    async def short(self, request):
+        return JSONResponse({})
+
+    async def body(self, request):
+        return JSONResponse({"bytes": len(await request.body())})
+
+    async def slow(self, request):
+        await anyio.to_thread.run_sync(self.held.wait, 60)
+        return JSONResponse({})
+
+    async def long(self, request):
+        async def parts():
+            try:
+                while True:
+                    yield b"x" * 65536
+                    await anyio.sleep(0)
+            finally:
+                self.left.set()
+
+        return StreamingResponse(parts())
+
+
+@contextlib.contextmanager
+def serving(**limits):
+    application = Application()
+    with Server(application.app, **connections(**limits)) as server:
+        server.application = application
+        yield server
+
+
+@pytest.fixture(scope="module")
+def impatient():
+    with serving(client_timeout=0.3) as server:
+        yield server
+
+
+def open_to(server) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", server.port), timeout=60)
+
+
+UNFINISHED = {
+    "nothing": b"",
+    "half a line": b"POST /bo",
+    "half the headers": b"POST /body HTTP/1.1\r\nhost: x\r\n",
+    "no body": POST + b"content-length: 10\r\n\r\n",
+    "half a body": POST + b"content-length: 10\r\n\r\n01234",
+    "half a chunk": POST + b"transfer-encoding: chunked\r\n\r\n5\r\n01",
+    "no last chunk": POST + b"transfer-encoding: chunked\r\n\r\n5\r\n01234\r\n",
+    "a body that is asked for": POST + b"expect: 100-continue\r\ncontent-length: 10\r\n\r\n",
+    "half of a second request": GET + b"GET /sho",
+    "a second request without a body": GET + POST + b"content-length: 10\r\n\r\n",
+    "the rest of a body that was not waited for": b"POST /early HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", UNFINISHED)
+def test_a_request_that_does_not_come_whole_is_closed(impatient, name):
+    answer = say(impatient.port, UNFINISHED[name], timeout=60)
+    answers = answer.split(b"HTTP/1.1 ")[1:]
+    last = int(answers[-1][:3]) if answers else 0
+    assert last in (0, 200, 408)
+    if last == 408:
+        error = json.loads(answer.rpartition(b"\r\n\r\n")[2])["error"]
+        assert error["message"] == "the request did not arrive within 0.3 seconds"
+    assert (last == 408) == (name not in ("nothing", "the rest of a body that was not waited for"))
+
+
+def test_one_that_trickles_is_closed_as_well(impatient):
+    """However many bytes come, one by one: what counts is the whole request."""
+    with open_to(impatient) as connection, contextlib.suppress(OSError):
+        connection.sendall(b"POST /body HTTP/1.1\r\nx: ")
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            connection.sendall(b"x")
+            time.sleep(0.02)
+    assert time.monotonic() < until
+
+
+def test_a_request_that_is_worked_on_has_all_its_time(impatient):
+    with open_to(impatient) as connection:
+        connection.sendall(b"GET /slow HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        time.sleep(1)
+        impatient.application.held.set()
+        assert status(until_closed(connection)) == 200
+
+
+def test_an_answer_that_is_not_read_is_closed(impatient):
+    with open_to(impatient) as connection:
+        connection.sendall(b"GET /long HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert impatient.application.left.wait(60)
+
+
+def test_one_that_is_read_slowly_is_not(impatient):
+    impatient.application.left.clear()
+    with open_to(impatient) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        connection.sendall(b"GET /long HTTP/1.1\r\nhost: x\r\n\r\n")
+        until, received = time.monotonic() + 2, 0
+        while time.monotonic() < until:
+            received += len(connection.recv(2**20))
+            time.sleep(0.01)
+        assert not impatient.application.left.is_set()
+    assert received > 2**20
+    assert impatient.application.left.wait(60), "the client left"
+
+
+def test_a_connection_is_used_again_and_again():
+    """All together longer than the deadline of one request."""
+    with serving(client_timeout=1) as server, client(server.url) as http:
+        before = {id(connection) for connection in server.server.server_state.connections}
+        for _ in range(12):
+            assert http.get("/short").status_code == 200
+            used = {id(connection) for connection in server.server.server_state.connections}
+            assert not before or used == before, "the same connection"
+            before = used
+            time.sleep(0.1)
+
+
+def count(server) -> int:
+    return len(server.server.server_state.connections)
+
+
+def wait_until(holds) -> None:
+    until = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /bo", POST + b"content-length: 10\r\n\r\n"])
+def test_above_the_limit_those_that_have_owed_a_request_for_longest_go(sent):
+    with serving(max_connections=8) as server, contextlib.ExitStack() as stack:
+        opened = []
+        for _ in range(30):
+            opened.append(stack.enter_context(open_to(server)))
+            opened[-1].sendall(sent)
+        wait_until(lambda: count(server) <= 8)
+        for connection in opened[:20]:
+            assert until_closed(connection) == b""
+        with client(server.url) as http:
+            for _ in range(20):
+                assert http.get("/short").status_code == 200
+
+
+def test_above_the_limit_no_request_that_is_worked_on_goes():
+    with serving(max_connections=4) as server, contextlib.ExitStack() as stack:
+        working = [stack.enter_context(open_to(server)) for _ in range(4)]
+        for connection in working:
+            connection.sendall(b"GET /slow HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        wait_until(lambda: len(server.server.server_state.tasks) == 4)
+        for _ in range(10):
+            assert say(server.port, GET) == b""
+        server.application.held.set()
+        assert [status(until_closed(connection)) for connection in working] == [200] * 4
+        assert status(say(server.port, GET.replace(b"host", b"connection: close\r\nhost"))) == 200
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x00" * 100,
+        b"GET /short HTTP/9.9\r\n\r\n",
+        b"GET  /short HTTP/1.1\r\n\r\n",
+        b"GET /short HTTP/1.1\r\na b: c\r\n\r\n",
+        b"GET /short HTTP/1.1\r\nhost: x\r\nhost: y\r\n\r\n",
+        b"GET /short HTTP/1.1\r\nhost: x\r\na: " + b"x" * 100_000,
+        b"GET /" + b"x" * 100_000,
+        b"\r\n" * 50_000,
+        POST + b"content-length: -1\r\n\r\n",
+        POST + b"content-length: 1\r\ncontent-length: 2\r\n\r\n",
+        POST + b"transfer-encoding: gzip\r\n\r\n",
+        POST + b"transfer-encoding: chunked\r\n\r\nzz\r\n",
+        POST + b"transfer-encoding: chunked\r\n\r\n" + b"1" * 100,
+        GET + b"\x00\x01\x02",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 200,
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ],
+)
+def test_what_is_no_http_is_an_error_in_openais_shape_or_closed(impatient, data, caplog):
+    answer = say(impatient.port, data, timeout=60)
+    last = answer.split(b"HTTP/1.1 ")[-1]
+    if last[:3] == b"400":
+        error = json.loads(last.rpartition(b"\r\n\r\n")[2])["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+    assert last[:3] in (b"", b"200", b"400", b"404", b"408")
+    assert "Traceback" not in caplog.text
+    assert status(say(impatient.port, GET.replace(b"host", b"connection: close\r\nhost"))) == 200
+
+
+def test_a_websocket_is_not_opened(impatient):
+    ask = (
+        b"GET /short HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n"
+    )
+    answer = say(impatient.port, ask + b"sec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n", timeout=60)
+    assert status(answer) == 200, "answered as any other request"
