@@ -21,13 +21,13 @@ from torch import nn
 from idp_peft.checkpoint import find_file
 from idp_peft.composition.base_skeleton import position_counts_bank, skeleton
 from idp_peft.composition.prompt_sources import PromptSource, read_prompts
-from idp_peft.compression.output_folder import check_free, whole_folder
 from idp_peft.decoder import find_decoder
 from idp_peft.inside_folder import files_inside
 from idp_peft.serving.chat_template import with_prompts_in_all
 from idp_peft.serving.exported import ADAPTER, FILE, describe
 from idp_peft.serving.tensor_files import DTYPES, StoredTensor, WeightFiles, copy_model, weight_files
 from idp_peft.serving.vocabulary import PromptVocabulary, next_token_id
+from idp_peft.whole_folder import check_free, whole_folder
 
 logger = logging.getLogger(__name__)
 
