@@ -10,14 +10,14 @@ import hashlib
 import logging
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from idp_peft.whole_folder import whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -165,15 +165,10 @@ def _once(target: Path, make: Callable[[Path], None]) -> Path:
     """Fill a folder beside `target`, then rename it: an interrupted or parallel run leaves nothing half-written."""
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        make(temporary)
-        try:
-            temporary.rename(target)
-        except OSError:
-            if not target.is_dir():  # otherwise another process was first, with the same content
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with whole_folder(target) as folder:
+            make(folder)
+    except ValueError:
+        if not target.is_dir():  # otherwise another process was first, with the same content
+            raise
     return target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ SELECTIONS = ("attention", "random", "fixed")
 REDUCTIONS = ("mean", "sum")
 ASSIGNMENTS = ("uniform", "selected", "all")
 INITS = ("vocab", "random", "text")
+# Prompt tokens that a bank may have in all. A config from a file could otherwise ask for any amount of memory.
+MAX_TOKENS = 2**20
 # PEFT and TRL read these fields on every config; IDP trains nothing but its prompts, so they stay None.
 _UNUSED_FIELDS = ("target_modules", "modules_to_save", "trainable_token_indices")
 
@@ -86,9 +89,11 @@ class IDPConfig(PeftConfig):
         init_text (`list[str]`, *optional*):
             One text per prompt, for `init="text"` alone.
         tokenizer_name_or_path (`str`, *optional*):
-            Tokenizer of `init_text`: a Hub id, a folder or a `.gguf` file, for `init="text"` alone.
+            Tokenizer of `init_text`: a Hub id, a folder or a `.gguf` file, for `init="text"` alone. It is used once, when the
+            prompts start. It is never saved, and a config that is read from a file has none: loading an adapter loads no
+            tokenizer. Set it again to start new prompts from a loaded config; without it they start as `"vocab"`.
         tokenizer_kwargs (`dict`, *optional*):
-            Further arguments of `AutoTokenizer.from_pretrained`, for `init="text"` alone.
+            Further arguments of `AutoTokenizer.from_pretrained`, for `init="text"` alone. Never saved either.
         init_weights (`bool`, defaults to `True`):
             `False` leaves the prompts at torch's own random embedding initialisation; for tests of loading.
 
@@ -119,11 +124,15 @@ class IDPConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # Code leaves the field alone or passes the enum; JSON can only hold its text.
+        from_file = type(self.peft_type) is str
         self.peft_type = IDPPeftType.IDP
         if str(self.base_model_name_or_path).endswith(".gguf"):  # PEFT's auto classes would fail without saying why
             from idp_peft.loading import refuse_auto_class
 
             refuse_auto_class(self.base_model_name_or_path)
+        if from_file:
+            self.tokenizer_name_or_path = self.tokenizer_kwargs = None
         if self.task_type not in (None, TaskType.CAUSAL_LM):
             raise ValueError(
                 f"`task_type` must be 'CAUSAL_LM' (or None), got {str(self.task_type)!r}: IDP prompts a causal language model"
@@ -132,7 +141,7 @@ class IDPConfig(PeftConfig):
             if (value := getattr(self, name)) is not None:
                 raise ValueError(f"`{name}` must be None, got {value!r}: IDP trains its prompts and nothing else")
         _check_int("num_prompts", self.num_prompts, low=1)
-        self._check_lengths()
+        self._check_lengths(from_file)
         self._check_names()
         for name, allowed in (
             ("selection", SELECTIONS),
@@ -143,7 +152,7 @@ class IDPConfig(PeftConfig):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}")
         _check_int("selection_layer", self.selection_layer)
-        _check_int("selection_seed", self.selection_seed, low=0)
+        _check_int("selection_seed", self.selection_seed, low=0, high=2**63 - 1)
         _check_int("fixed_prompt", self.fixed_prompt, low=0)
         if self.fixed_prompt >= self.num_prompts:
             raise ValueError(f"`fixed_prompt` must be below num_prompts={self.num_prompts}, got {self.fixed_prompt}")
@@ -152,11 +161,13 @@ class IDPConfig(PeftConfig):
                 f"`fixed_prompt` needs selection='fixed', got fixed_prompt={self.fixed_prompt} with "
                 f"selection={self.selection!r}"
             )
-        self._check_text_init()
+        self._check_text_init(from_file)
 
-    def _check_lengths(self) -> None:
+    def _check_lengths(self, from_file: bool) -> None:
         lengths = self.num_virtual_tokens
         if lengths is None:
+            if from_file:
+                raise ValueError("`num_virtual_tokens` must be given in a config that is read from a file, got None")
             if self.init != "text":
                 raise ValueError(f"`num_virtual_tokens` may be None with init='text' alone, got init={self.init!r}")
         elif isinstance(lengths, (list, tuple)):
@@ -170,6 +181,14 @@ class IDPConfig(PeftConfig):
             self.num_virtual_tokens = list(lengths)
         else:
             _check_int("num_virtual_tokens", lengths, low=1)
+        total = (
+            0 if lengths is None else sum(lengths) if isinstance(lengths, (list, tuple)) else lengths * self.num_prompts
+        )
+        if max(total, self.num_prompts) > MAX_TOKENS:
+            raise ValueError(
+                f"`num_prompts` and `num_virtual_tokens` must give at most {MAX_TOKENS} prompt tokens in all, got "
+                f"{max(total, self.num_prompts)}"
+            )
 
     def _check_names(self) -> None:
         names = self.prompt_names
@@ -180,18 +199,20 @@ class IDPConfig(PeftConfig):
             raise ValueError(
                 f"`prompt_names` must be a list of one name per prompt (num_prompts={self.num_prompts}), got {count}"
             )
-        for index, name in enumerate(names):
+        seen = set()
+        for name in names:
             if not isinstance(name, str) or not name.strip():
                 raise ValueError(f"`prompt_names` must hold texts that are not empty, got {name!r}")
             if name == AUTO:
                 raise ValueError(
                     f"`prompt_names` must not hold {AUTO!r}, which in `prompt_ids` lets a row choose, got {list(names)}"
                 )
-            if name in names[:index]:
-                raise ValueError(f"`prompt_names` must hold distinct names, got {name!r} twice in {list(names)}")
+            if name in seen:
+                raise ValueError(f"`prompt_names` must hold distinct names, got {name!r} twice")
+            seen.add(name)
         self.prompt_names = list(names)
 
-    def _check_text_init(self) -> None:
+    def _check_text_init(self, from_file: bool) -> None:
         if self.init == "text":
             if not isinstance(self.init_text, (list, tuple)) or len(self.init_text) != self.num_prompts:
                 count = len(self.init_text) if isinstance(self.init_text, (list, tuple)) else repr(self.init_text)
@@ -201,7 +222,7 @@ class IDPConfig(PeftConfig):
             for text in self.init_text:
                 if not isinstance(text, str) or not text.strip():
                     raise ValueError(f"`init_text` must hold texts that are not empty, got {text!r}")
-            if self.tokenizer_name_or_path is None:
+            if self.tokenizer_name_or_path is None and not from_file:
                 raise ValueError("`tokenizer_name_or_path` must be given with init='text', got None")
             if self.tokenizer_kwargs is not None and not isinstance(self.tokenizer_kwargs, Mapping):
                 raise ValueError(f"`tokenizer_kwargs` must be a dict, got {self.tokenizer_kwargs!r}")
@@ -234,6 +255,21 @@ class IDPConfig(PeftConfig):
         """
         return -1 if name is None else number_of(name, self.num_prompts, self.prompt_names)
 
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Write the config into a folder, without what only the start of the prompts needed (their tokenizer).
+
+        Raises:
+            `ValueError`: where the lengths are not known yet (`num_virtual_tokens=None` before the prompts exist).
+        """
+        if self.num_virtual_tokens is None:
+            raise ValueError(
+                "`num_virtual_tokens` is not known before the texts of `init_text` were tokenised: save the config after "
+                "`get_peft_model`"
+            )
+        saved = copy.copy(self)
+        saved.tokenizer_name_or_path = saved.tokenizer_kwargs = None
+        super(IDPConfig, saved).save_pretrained(save_directory, **kwargs)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
         """Load a config from a folder or the Hub. Where it came from is remembered, so that the weights beside it can be
@@ -244,7 +280,9 @@ class IDPConfig(PeftConfig):
         return config
 
 
-def _check_int(name: str, value, low: int | None = None) -> None:
+def _check_int(name: str, value, low: int | None = None, high: int | None = None) -> None:
     bound = "" if low is None else f" of at least {low}"
-    if isinstance(value, bool) or not isinstance(value, int) or (low is not None and value < low):
+    bound += "" if high is None else f" and at most {high}"
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if not is_int or (low is not None and value < low) or (high is not None and value > high):
         raise ValueError(f"`{name}` must be an int{bound}, got {value!r}")

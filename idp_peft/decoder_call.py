@@ -331,7 +331,7 @@ class DecoderCall:
         embeds, ids = kwargs.pop("inputs_embeds", None), kwargs.pop("input_ids", None)
         embeds = self.layer.get_base_layer()(ids) if embeds is None else embeds
         tokens = bank.tokens()
-        check_finite(bank, tokens)
+        check_finite(bank, tokens, embeds.dtype)
         index = bank.token_index("right", tokens.device)[part.prompt_ids.clamp(min=0).to(tokens.device)]  # [B, K]
         prompts = tokens.to(embeds.dtype)[index].to(embeds.device)  # [B, K, d]
         slots = part.mask if part.mask is not None else real.new_ones(len(embeds), bank.max_length)

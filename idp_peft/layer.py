@@ -87,8 +87,7 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         embeddings = self.get_base_layer()
         bank = PromptBank(config.prompt_lengths, embedding_width(embeddings))
         if not bank.weight.is_meta:
-            known = config.init != "text" or texts is not None  # of an adapter being loaded, the weights follow
-            if config.init_weights and known and not embeddings.weight.is_meta:
+            if config.init_weights and not embeddings.weight.is_meta:
                 with torch.no_grad():
                     bank.weight.copy_(initial_tokens(config, embeddings, texts))
             bank.to(embeddings.weight.device if not embeddings.weight.is_meta else "cpu")

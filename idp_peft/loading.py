@@ -72,10 +72,11 @@ def load(
     if not name:
         raise ValueError(f"`adapter` {str(adapter)!r} does not say what its base is: pass `base`")
     of_base = {} if token is None else {"token": token}
+    of_base |= {name: load_model_kwargs[name] for name in ("trust_remote_code",) if name in load_model_kwargs}
     if base is None and config.revision is not None:
         of_base["revision"] = config.revision
     try:
-        model = load_model(name, **of_base, **load_model_kwargs)
+        model = load_model(name, **{**of_base, **load_model_kwargs})
     except (FileNotFoundError, ValueError) as error:
         if base is not None:
             raise
@@ -130,7 +131,9 @@ def tokenizer_beside(adapter: str, hub: dict, subfolder: str | None) -> PreTrain
             except EntryNotFoundError:
                 found = False
         if found:
-            return _for_generation(AutoTokenizer.from_pretrained(adapter, subfolder=place, **hub))
+            return _for_generation(
+                AutoTokenizer.from_pretrained(adapter, subfolder=place, trust_remote_code=False, **hub)
+            )
     return None
 
 
@@ -166,7 +169,8 @@ def load_model(
     where, gguf_file = find_model(name_or_path)
     hub = {name: from_pretrained_kwargs[name] for name in ("revision", "token") if name in from_pretrained_kwargs}
     quantization = {"quant_method": "gguf"} if gguf_file else quantization_of(where, **hub)
-    arguments = {**_defaults(quantization, for_training), **from_pretrained_kwargs}
+    # Without a word on it, transformers would ask at the terminal.
+    arguments = {"trust_remote_code": False, **_defaults(quantization, for_training), **from_pretrained_kwargs}
     with _clear_errors(name_or_path, quantization), warnings.catch_warnings():
         # The part of it that says how to load does count.
         warnings.filterwarnings("ignore", message="You passed `quantization_config` or equivalent parameters")
@@ -190,7 +194,7 @@ def load_tokenizer(name_or_path: str | Path, **hub_kwargs) -> PreTrainedTokenize
 
     Args:
         name_or_path (`str`): as `load_model`.
-        hub_kwargs: `token` and `revision` of a model on the Hub.
+        hub_kwargs: `token` and `revision` of a model on the Hub; `trust_remote_code`, `False` by default.
 
     Raises:
         `FileNotFoundError`, `ValueError`: as `load_model`.
@@ -199,7 +203,8 @@ def load_tokenizer(name_or_path: str | Path, **hub_kwargs) -> PreTrainedTokenize
 
     where, gguf_file = find_model(name_or_path)
     with _clear_errors(name_or_path, {}):
-        return _for_generation(AutoTokenizer.from_pretrained(where, gguf_file=gguf_file, **hub_kwargs))
+        arguments = {"trust_remote_code": False, "gguf_file": gguf_file, **hub_kwargs}
+        return _for_generation(AutoTokenizer.from_pretrained(where, **arguments))
 
 
 def _for_generation(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -84,7 +84,7 @@ class IDPModel(BaseTuner):
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
         texts = None
-        if peft_config.init == "text" and (peft_config.num_virtual_tokens is None or not peft_config.inference_mode):
+        if peft_config.tokenizer_name_or_path is not None:  # a config that was read from a file has none
             texts = text_token_ids(peft_config)
             if peft_config.num_virtual_tokens is None:
                 peft_config.num_virtual_tokens = [len(ids) for ids in texts]

@@ -82,12 +82,13 @@ def initial_tokens(config: IDPConfig, embeddings: nn.Module, texts: list[list[in
         config (`IDPConfig`): the rule and the lengths.
         embeddings (`nn.Module`): the base's input embedding module. It is *called*, so that whatever scaling it does
             itself is in the result.
-        texts (`list[list[int]]`, *optional*): token ids of each `init_text`.
+        texts (`list[list[int]]`, *optional*): token ids of each `init_text`. Without them, `init="text"` starts as
+            `"vocab"`: of an adapter that is being loaded, the weights follow.
     """
     device, vocabulary = embeddings.weight.device, whole_shape(embeddings.weight)[0]
     lengths = config.prompt_lengths
     total = sum(lengths)
-    if config.init == "text":
+    if texts is not None:
         ids = torch.tensor(
             [ids[j % len(ids)] for ids, length in zip(texts, lengths, strict=True) for j in range(length)]
         )

@@ -99,10 +99,10 @@ def compute_prompt_cache(
             prompt `prompts[j]`.
 
     Raises:
-        `ValueError`: where a prompt holds NaN or infinity.
+        `ValueError`: where a prompt, or what the base makes of it, holds NaN or infinity.
     """
     tokens = bank.tokens()  # [sum_i k_i, d]
-    check_finite(bank, tokens)
+    check_finite(bank, tokens, dtype)
     device, longest = tokens.device, bank.max_length
     prompts = torch.arange(bank.num_prompts, device=device) if prompts is None else prompts.to(device)
     lengths = torch.tensor(bank.lengths, device=device)[prompts]
@@ -137,18 +137,34 @@ def compute_prompt_cache(
 
     layers = cache.layers
     keys, values = [place(layer.keys) for layer in layers], [place(layer.values) for layer in layers]
+    if not all(tensor.detach().isfinite().all() for tensor in (*keys, *values)):
+        raise ValueError(
+            f"the base model makes NaN or infinity of this adapter's prompts in {dtype}: load it in bfloat16 or float32, or "
+            "lower the learning rate"
+        )
     return PromptCache(keys, values, [bank.lengths[prompt] for prompt in prompts.tolist()])
 
 
-def check_finite(bank: PromptBank, tokens: torch.Tensor) -> None:
-    """Raise where a prompt holds NaN or infinity.
+def check_finite(bank: PromptBank, tokens: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise where a prompt holds NaN or infinity, or would once it is cast to the base's type.
+
+    Args:
+        bank (`PromptBank`): the prompts.
+        tokens (`torch.Tensor`): its tokens, `[sum_i k_i, d]`.
+        dtype (`torch.dtype`): what they are cast to.
 
     Raises:
         `ValueError`: naming the prompts.
     """
-    finite = tokens.detach().isfinite().all(-1)  # [sum_i k_i]
+    tokens = tokens.detach()
+    finite = tokens.to(dtype).isfinite().all(-1)  # [sum_i k_i]
     if not finite.all():
         bad = [i for i, part in enumerate(finite.split(bank.lengths)) if not part.all()]
+        if tokens.isfinite().all():
+            raise ValueError(
+                f"prompt(s) {bad} of the bank hold numbers up to {tokens.abs().max():.3g}, which {dtype} cannot hold: load the "
+                "base in bfloat16 or float32"
+            )
         raise ValueError(
             f"prompt(s) {bad} of the bank hold NaN or infinity: reload the adapter or lower the learning rate"
         )

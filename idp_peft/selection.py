@@ -114,6 +114,8 @@ class AttentionLayer:
         """
         batch, heads, queries, width = query.shape
         kv_heads = key.shape[1]
+        if query.dtype == torch.float16:  # a product of queries and keys can pass 65,504
+            query, key = query.float(), key.float()
         # In place where it can be: these tensors are the largest of a choice, and each pass over them is felt.
         grouped = (query * self.scaling).reshape(batch, kv_heads, heads // kv_heads * queries, width)
         logits = (grouped @ key.transpose(-1, -2)).view(batch, heads, queries, -1).float()
@@ -168,11 +170,20 @@ def scores_from_attention(
 
     Returns:
         `torch.Tensor`: float32 `[batch, M]`.
+
+    Raises:
+        `ValueError`: where a score is NaN, because the model's own numbers overflow.
     """
     weight = context.to(on_prompts.dtype)
     scores = (on_prompts * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
     if reduction == "mean":
         scores = scores / torch.tensor(lengths, device=scores.device, dtype=scores.dtype)
+    if scores.isnan().any():
+        rows = scores.isnan().any(-1).nonzero().flatten().tolist()
+        raise ValueError(
+            f"the selection layer's attention is NaN in row(s) {rows}, so no prompt can be chosen: the model's numbers overflow "
+            f"or hold NaN; load it in bfloat16 or float32, or force `prompt_ids`"
+        )
     return scores
 
 

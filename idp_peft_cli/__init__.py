@@ -52,8 +52,10 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt as interrupt:
         print(f"\nidp-peft {command}: interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
         raise SystemExit(_INTERRUPTED) from None
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if not running.is_ours(error):
+    except Exception as error:
+        if (trouble := running.trouble_with_a_file(error)) is not None:
+            _fail(command, trouble)
+        if not (isinstance(error, (ValueError, OSError, ImportError, RuntimeError)) and running.is_ours(error)):
             raise
         _fail(command, str(error))
 

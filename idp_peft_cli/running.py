@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 import traceback
@@ -120,6 +121,31 @@ def _proxy(options) -> None:
         allow_origins=options.allow_origins,
         engine_fields=options.engine_fields or (),
     )
+
+
+# What libraries written in other languages say of a disk that is full, or of a file that may not be written.
+_FULL = ("No space left on device", "Disk quota exceeded", "file write failed", "iostream error", "unexpected pos")
+
+
+def trouble_with_a_file(error: BaseException) -> str | None:
+    """One line for what the machine refused: a full disk, a missing permission, a folder that is none. `None` for anything
+    else, and for errors whose text is for the user already."""
+    chain = [error]
+    if not (isinstance(error, OSError) and error.errno is not None):
+        if is_ours(error):
+            return None
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+            chain.append(cause)
+    for one in chain:
+        system = isinstance(one, OSError) and one.errno is not None
+        if (system and one.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)) or any(
+            text in str(one) for text in _FULL
+        ):
+            reason = str(one).splitlines()[0]
+            return f"a file could not be written, the disk may be full ({reason}): make room and run the same command again"
+        if system and one.filename is not None:
+            return f"{one.filename}: {one.strerror}"
+    return None
 
 
 def is_ours(error: BaseException) -> bool:

@@ -27,7 +27,7 @@ INVALID = [
     ({"prompt_names": "arc"}, r"`prompt_names` must be a list of one name per prompt \(num_prompts=4\), got 'arc'"),
     (
         {"num_prompts": 2, "prompt_names": ["a", "a"]},
-        r"`prompt_names` must hold distinct names, got 'a' twice in \['a', 'a'\]",
+        r"`prompt_names` must hold distinct names, got 'a' twice",
     ),
     ({"num_prompts": 2, "prompt_names": ["a", " "]}, r"`prompt_names` must hold texts that are not empty, got ' '"),
     ({"num_prompts": 2, "prompt_names": ["a", 1]}, r"`prompt_names` must hold texts that are not empty, got 1"),
@@ -35,7 +35,7 @@ INVALID = [
     ({"selection": "best"}, r"`selection` must be one of 'attention', 'random', 'fixed', got 'best'"),
     ({"selection_layer": 1.5}, r"`selection_layer` must be an int, got 1.5"),
     ({"selection_reduction": "max"}, r"`selection_reduction` must be one of 'mean', 'sum', got 'max'"),
-    ({"selection_seed": -1}, r"`selection_seed` must be an int of at least 0, got -1"),
+    ({"selection_seed": -1}, r"`selection_seed` must be an int of at least 0 and at most 9223372036854775807, got -1"),
     ({"selection": "fixed", "fixed_prompt": 4}, r"`fixed_prompt` must be below num_prompts=4, got 4"),
     ({"fixed_prompt": 1}, r"`fixed_prompt` needs selection='fixed', got fixed_prompt=1 with selection='attention'"),
     ({"assignment": "some"}, r"`assignment` must be one of 'uniform', 'selected', 'all', got 'some'"),

@@ -16,10 +16,10 @@ from idp_peft.auto_class import built_from
 from idp_peft.compression import gptqmodel_backend, llmcompressor_backend, torchao_backend
 from idp_peft.compression.calibration import calibration_chunks
 from idp_peft.compression.measure import check_result, compressed_weights
-from idp_peft.compression.output_folder import check_free, whole_folder
 from idp_peft.compression.recipes import RECIPES, Recipe
 from idp_peft.compression.targets import check_fit, target_layers
 from idp_peft.texts.chats import Chat
+from idp_peft.whole_folder import check_free, whole_folder
 
 logger = logging.getLogger(__name__)
 

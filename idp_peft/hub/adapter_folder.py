@@ -18,6 +18,7 @@ from idp_peft.hub.card_results import read_results
 from idp_peft.hub.card_text import CardFacts
 from idp_peft.hub.model_card import write_card
 from idp_peft.hub.push import push
+from idp_peft.inside_folder import files_inside
 from idp_peft.loading import adapter_config, quantization_of
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,7 @@ def push_adapter(
     training = (measured.ours.get("training") if measured else None) or _training(folder)
 
     def save(target: Path) -> None:
-        files = {path for pattern in (*_ADAPTER, *_BESIDE) for path in folder.glob(pattern) if path.is_file()}
-        for path in sorted(files):
+        for path in files_inside(folder, (*_ADAPTER, *_BESIDE)):
             shutil.copyfile(path, target / path.name)
 
     def describe(file: Path, repo_id: str) -> None:

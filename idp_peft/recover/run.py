@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
 import os
 import shutil
@@ -13,11 +15,13 @@ from transformers import TrainingArguments, set_seed
 
 from idp_peft.evaluation import environment
 from idp_peft.fingerprint import fingerprint
+from idp_peft.folder_lock import alone_in
 from idp_peft.gradient_probe import probe_gradients
 from idp_peft.hub.adapter_folder import push_adapter
 from idp_peft.hub.push import PushError
 from idp_peft.loading import accepted_by_trainer, load_model, load_tokenizer
 from idp_peft.recover.adapter import starting_texts, with_adapter
+from idp_peft.recover.checkpoints import MarkWhole, digests, is_whole
 from idp_peft.recover.distillation import check_distillation
 from idp_peft.recover.methods import LEARNING_RATES
 from idp_peft.recover.run_folder import RunFolder
@@ -35,7 +39,8 @@ def recover(options, arguments: TrainingArguments) -> Path:
     """Train an adapter that repairs a compressed model.
 
     Everything that can be refused is refused before anything is written. A run that was interrupted, or killed, goes on
-    from its last checkpoint when it is called again with the same settings, and ends with the same adapter.
+    from its last whole checkpoint when it is called again with the same settings, and ends with the same adapter. One
+    process at a time works in a folder.
 
     Args:
         options (`RecoverOptions`): model, method, data, objective (see `idp-peft recover --help`).
@@ -52,6 +57,11 @@ def recover(options, arguments: TrainingArguments) -> Path:
     if arguments.learning_rate is None:
         arguments.learning_rate = LEARNING_RATES[options.method]
     _check(options)
+    with alone_in(Path(arguments.output_dir)) if arguments.process_index == 0 else contextlib.nullcontext():
+        return _run(options, arguments)
+
+
+def _run(options, arguments: TrainingArguments) -> Path:
     folder = RunFolder(arguments.output_dir, options, arguments)
     if folder.is_complete:
         logger.info("%s is complete already", folder.path)
@@ -75,27 +85,43 @@ def recover(options, arguments: TrainingArguments) -> Path:
     if probe.verdict != "trainable":
         raise ValueError(f"`model` {options.model!r} cannot be trained through: {probe}")
     before = fingerprint(model)
+    folder.check_inputs(model=before, teacher=None if teacher is None else fingerprint(teacher))
 
     folder.write("running", environment=environment(), gradient_probe=str(probe), base_sha256=before)
     if options.dataset == "self":
         train, held = _sampled(options, arguments, teacher, tokenizer, tokens, folder)
+    folder.check_inputs(dataset=hashlib.sha256(repr([train, held]).encode()).hexdigest())
+    folder.write("running")
     model = _with_adapter(model, tokenizer, train, options, arguments, teacher)
     stop = StopAtSignal()
-    trainer = _trainer(model, teacher, train, held, options, arguments, [stop])
+    trainer = _trainer(model, teacher, train, held, options, arguments, [stop, MarkWhole()])
+    checkpoint = _checkpoint(folder, arguments)
     with stop:
-        trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint or folder.last_checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
     if stop.asked and trainer.state.global_step < trainer.state.max_steps:
         folder.write("interrupted", training=_training_record(trainer, model, options))
         raise KeyboardInterrupt("run the same command again to go on")
     if fingerprint(model) != before:
         raise RuntimeError("training changed the base model's weights: the adapter is not saved")
     _save(model, folder.adapter)
-    folder.write("complete", training=_training_record(trainer, model, options))
+    written = digests(folder.adapter, "adapter_*")
+    folder.write("complete", training=_training_record(trainer, model, options), adapter=written)
     if arguments.push_to_hub and options.method == "idp":
         _push(folder, arguments)
     elif arguments.push_to_hub:
         trainer.push_to_hub()
     return folder.adapter
+
+
+def _checkpoint(folder: RunFolder, arguments: TrainingArguments) -> str | None:
+    """Where to go on: the checkpoint that the user names, or the run's own last one."""
+    named = arguments.resume_from_checkpoint
+    if named is not None and not is_whole(Path(named)):
+        raise ValueError(
+            f"`resume_from_checkpoint` {named!r} is no whole checkpoint (files are missing, cut or changed): leave it out to go "
+            "on from the last one that is"
+        )
+    return named or folder.last_checkpoint
 
 
 def _check(options) -> None:

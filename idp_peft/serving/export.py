@@ -21,17 +21,19 @@ from torch import nn
 from idp_peft.checkpoint import find_file
 from idp_peft.composition.base_skeleton import position_counts_bank, skeleton
 from idp_peft.composition.prompt_sources import PromptSource, read_prompts
-from idp_peft.compression.output_folder import check_free, whole_folder
 from idp_peft.decoder import find_decoder
+from idp_peft.inside_folder import files_inside
 from idp_peft.serving.chat_template import with_prompts_in_all
 from idp_peft.serving.exported import ADAPTER, FILE, describe
 from idp_peft.serving.tensor_files import DTYPES, StoredTensor, WeightFiles, copy_model, weight_files
 from idp_peft.serving.vocabulary import PromptVocabulary, next_token_id
+from idp_peft.whole_folder import check_free, whole_folder
 
 logger = logging.getLogger(__name__)
 
 # What lies beside the weights and belongs to the model: its code and licence, and how it was compressed.
 _BESIDE = ("*.py", "LICENSE*", "NOTICE*", "USE_POLICY*", "compression.json", "recipe.yaml", "quantize_config.json")
+_MODEL = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", *_BESIDE)
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Of these, vLLM reads the output head from the embedding table whatever the config says.
 _ALWAYS_TIED = ("gemma2", "cohere", "cohere2")
@@ -85,6 +87,8 @@ def export_to_vocab(
         with unpacked(name, Path(output_dir).expanduser().absolute().parent) as dense:
             return export_to_vocab(adapter, output_dir, dense, keep_tied=keep_tied)
     folder = _folder_of(str(name), source.config.revision if base is None else None)
+    for place in (place for place in (folder, Path(adapter)) if place.is_dir()):
+        files_inside(place, _MODEL)  # refuses links that lead out of it
     model = skeleton(str(folder))
     files = weight_files(folder)
     _check(model, source, folder)
@@ -97,7 +101,7 @@ def export_to_vocab(
     with whole_folder(output_dir) as target:
         tensors = _changed(files, tables, source, vocabulary, _embedding_scale(model.get_input_embeddings()))
         copy_model(files, target, tensors, tables.embeddings)
-        for path in (path for pattern in _BESIDE for path in sorted(folder.glob(pattern)) if path.is_file()):
+        for path in files_inside(folder, _BESIDE):
             shutil.copyfile(path, target / path.name)
         _write_config(folder, target, vocabulary, tables.head)
         _write_generation_config(model, folder, target, vocabulary)
@@ -118,8 +122,7 @@ def _folder_of(name: str, revision: str | None) -> Path:
         return Path(where)
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", *_BESIDE]
-    return Path(snapshot_download(where, revision=revision, allow_patterns=patterns))
+    return Path(snapshot_download(where, revision=revision, allow_patterns=list(_MODEL)))
 
 
 def _check(model: nn.Module, source: PromptSource, folder: Path) -> None:

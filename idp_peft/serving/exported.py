@@ -6,7 +6,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from idp_peft.config import MAX_TOKENS
+from idp_peft.inside_folder import inside
+
 FILE = "idp_prompts.json"
+_MOST = 2 * MAX_TOKENS  # new rows: the prompts, names for unused rows, and what fills the last 64
 ADAPTER = "idp_adapter"  # not in the model's own folder: transformers would load it there
 
 
@@ -49,24 +53,43 @@ class ExportedModel:
         Raises:
             `ValueError`: where there is none.
         """
-        file = Path(folder).expanduser() / FILE
+        folder = Path(folder).expanduser()
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            prompts = content["prompts"]
-            names = [prompt["name"] for prompt in prompts]
-            return cls(
-                Path(folder).expanduser(),
-                [prompt["token_ids"] for prompt in prompts],
-                [prompt["tokens"] for prompt in prompts],
-                list(range(*content["never_generated"])),
-                content["vocab_size"],
-                content["tied"],
-                None if None in names else names,
-            )
+            content = json.loads(inside(folder, FILE).read_text(encoding="utf-8"))
+            return cls(folder, **_checked(content))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{folder} is no model that `idp-peft export --to-vocab` wrote: its {FILE} cannot be read ({error})"
             ) from error
+
+
+def _checked(content: dict) -> dict:
+    """The fields of an [`ExportedModel`] out of the file's content, each of its type and within the new rows.
+
+    Raises:
+        `KeyError`, `TypeError`, `ValueError`: for anything else.
+    """
+    (first, stop), rows, tied = content["never_generated"], content["vocab_size"], content["tied"]
+    if not all(type(number) is int for number in (first, stop, rows)) or not 0 < rows == first < stop <= rows + _MOST:
+        raise ValueError(f"`never_generated` must be the new rows, from `vocab_size` on, got {first!r} to {stop!r}")
+    token_ids = [list(prompt["token_ids"]) for prompt in content["prompts"]]
+    tokens = [list(prompt["tokens"]) for prompt in content["prompts"]]
+    names = [prompt["name"] for prompt in content["prompts"]]
+    for ids, texts, name in zip(token_ids, tokens, names, strict=True):
+        if not ids or not all(type(token) is int and first <= token < stop for token in ids):
+            raise ValueError(f"`token_ids` must be new rows, from {first} to {stop - 1}")
+        if len(texts) != len(ids) or not all(isinstance(text, str) for text in (*texts, name or "")):
+            raise ValueError("`tokens` must be one text per token id, and `name` a text")
+    if not token_ids or not isinstance(tied, bool):
+        raise ValueError("`prompts` must hold a prompt, and `tied` be true or false")
+    return {
+        "token_ids": token_ids,
+        "tokens": tokens,
+        "never_generated": list(range(first, stop)),
+        "vocab_size": rows,
+        "tied": tied,
+        "names": None if None in names else names,
+    }
 
 
 def is_exported(folder: str | Path) -> bool:

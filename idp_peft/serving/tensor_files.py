@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from idp_peft.inside_folder import inside, plain_name
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _CHUNK = 2**24  # bytes copied at once
@@ -84,15 +86,30 @@ def weight_files(folder: Path) -> WeightFiles:
     """
     try:
         if (folder / INDEX).is_file():
-            return WeightFiles(folder, json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+            return WeightFiles(folder, _places(folder))
         if (folder / SINGLE).is_file():
-            return WeightFiles(folder, dict.fromkeys(read_header(folder / SINGLE)[0], SINGLE))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+            return WeightFiles(folder, dict.fromkeys(read_header(inside(folder, SINGLE))[0], SINGLE))
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"the weights in {folder} cannot be read and may be truncated: {error}") from error
     raise ValueError(
         f"the base model in {folder} has no {SINGLE}: only safetensors files can be copied byte for byte; load the model and "
         "save it again (`load_model(...).save_pretrained(...)`), which writes them"
     )
+
+
+def _places(folder: Path) -> dict[str, str]:
+    """Which file each tensor is in, as the folder's index says and its files agree."""
+    index = json.loads(inside(folder, INDEX).read_text(encoding="utf-8"))
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{INDEX} must hold a `weight_map` of tensors and their files")
+    for tensor, file in places.items():
+        if not plain_name(file, f"the file of {tensor!r} in {INDEX}").endswith(".safetensors"):
+            raise ValueError(f"the file of {tensor!r} in {INDEX} must be a safetensors file, got {file!r}")
+    held = {file: set(read_header(inside(folder, file))[0]) for file in sorted(set(places.values()))}
+    if lost := [tensor for tensor, file in places.items() if tensor not in held[file]]:
+        raise ValueError(f"{INDEX} says that {lost[0]!r} is in {places[lost[0]]!r}, but it is not")
+    return places
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -147,7 +164,8 @@ def copy_model(files: WeightFiles, target: Path, changed: dict[str, StoredTensor
         index = json.loads((files.folder / INDEX).read_text(encoding="utf-8"))
         size = sum(tensor.nbytes for name in files.files for tensor in read_header(target / name)[0].values())
         index["weight_map"] = places
-        index["metadata"] = {**(index.get("metadata") or {}), "total_size": size}
+        metadata = index.get("metadata")
+        index["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": size}
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from idp_peft.folder_lock import hold, is_free
+
 
 @contextlib.contextmanager
 def whole_folder(target: str | Path) -> Iterator[Path]:
-    """Yields a folder beside `target` to write into; it becomes `target` at the end, and vanishes on any error.
+    """Yields a folder beside `target` to write into; it becomes `target` at the end, and vanishes on any error. What a
+    process that was killed left of one is removed.
 
     Raises:
         `ValueError`: where `target` is a file, or a folder that is not empty.
@@ -20,7 +24,7 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
     target = Path(target).expanduser().absolute()
     check_free(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    temporary, handle = _new_folder(target)
     try:
         yield temporary
         umask = os.umask(0)
@@ -32,6 +36,22 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(handle)
+
+
+def _new_folder(target: Path) -> tuple[Path, int]:
+    """A new folder beside `target`, and the handle that holds it. Nobody holds what a killed process left: it goes."""
+    parent = hold(target.parent)  # so that nobody sweeps a folder before its maker holds it
+    try:
+        if parent is not None:
+            for left_over in target.parent.glob(f".{glob.escape(target.name)}-????????"):
+                if left_over.is_dir() and not left_over.is_symlink() and is_free(left_over):
+                    shutil.rmtree(left_over, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        return temporary, hold(temporary)
+    finally:
+        if parent is not None:
+            os.close(parent)
 
 
 def check_free(target: Path) -> None:
