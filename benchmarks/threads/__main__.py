@@ -115,7 +115,7 @@ def write_table(record: dict, path: Path) -> None:
         cells = []
         for case in cases:
             ratios = [a / b for a, b in zip(found[(setting, *case)], found[("1 thread", *case)], strict=True)]
-            cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.3f})")
+            cells.append(f"{statistics.median(ratios):.3f} ({min(ratios):.3f})")
         lines.append(row([setting, *cells]))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
