@@ -1,0 +1,235 @@
+"""What "works" means for one model, each promise against a slow reference: `checks(model_class)` runs them all."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Callable
+
+import torch
+from peft import PeftModel, get_peft_model
+
+from idp_peft import IDPConfig
+from idp_peft.decoder import find_decoder, forward_parameters, has_learned_positions
+from tests.every_model.shrink import VOCAB, tiny_model
+from tests.reference import bank_of, prompts_of
+from tests.tiny import token_batch
+
+TOLERANCE = 1e-4  # fp32, DESIGN.md promise 1
+LENGTHS = [3, 5]  # of the two prompts
+ROWS = [5, 9, 2]  # tokens of the rows of a batch
+LOW = 20  # ids below may mean something to a multimodal model
+
+
+class Wrong(AssertionError):
+    """A promise that does not hold."""
+
+
+class Case:
+    """One tiny base, its untouched copy, and the model that IDP made of it."""
+
+    def __init__(self, base: torch.nn.Module, again: Callable[[], torch.nn.Module], **config) -> None:
+        self.again = again
+        self.base = again()
+        arguments = {"num_prompts": len(LENGTHS), "num_virtual_tokens": list(LENGTHS), **config}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.model = get_peft_model(base, IDPConfig(task_type="CAUSAL_LM", **arguments)).eval()
+        with torch.no_grad():
+            bank_of(self.model).weight.normal_(std=float(self.base.get_input_embeddings().weight.std()) or 0.2)
+        self.prompts = prompts_of(self.model)
+
+    def batch(self, side: str = "left") -> tuple[torch.Tensor, torch.Tensor]:
+        return tokens(ROWS, side)
+
+    def alone(self, row: int) -> torch.Tensor:
+        ids, mask = self.batch()
+        return ids[row][mask[row].bool()][None]
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.base.get_input_embeddings()(ids)
+
+    def concatenated(self, ids: torch.Tensor, prompt: int, base=None, chosen=None, **arguments):
+        """The plain base on `[P_i ; E(x)]`: its output, and how many positions stand in front of the input."""
+        base = self.base if base is None else base
+        chosen = self.prompts[prompt] if chosen is None else chosen
+        whole = torch.cat([chosen[None].to(self.base.dtype), self.embed(ids)], dim=1)
+        front, longest = len(chosen), max(LENGTHS)
+        if front < longest and has_learned_positions(find_decoder(base)):  # the input starts at position K
+            whole = torch.cat([whole.new_zeros(1, longest - front, whole.shape[2]), whole], dim=1)
+            arguments["attention_mask"] = (torch.arange(whole.shape[1]) >= longest - front)[None].long()
+            if "position_ids" in forward_parameters(type(base)):
+                arguments["position_ids"] = torch.arange(whole.shape[1])[None]
+            front = longest
+        return base(inputs_embeds=whole, use_cache=False, **arguments), front
+
+    def expected_logits(self, ids: torch.Tensor, prompt: int, **arguments) -> torch.Tensor:
+        """f([P_i ; E(x)]) at the input's positions, `[1, n, vocab]`."""
+        output, front = self.concatenated(ids, prompt, **arguments)
+        return output.logits[:, front:]
+
+
+def tokens(lengths: list[int], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, mask = token_batch(lengths, side)
+    return (LOW + ids % (60 - LOW)) * mask, mask
+
+
+def a_forced_prompt_is_concatenation(case: Case) -> None:
+    ids = case.alone(1)
+    for prompt in range(len(LENGTHS)):
+        with torch.no_grad():
+            logits = case.model(input_ids=ids, prompt_ids=torch.tensor([prompt])).logits
+            expected = case.expected_logits(ids, prompt)
+            _close(logits, expected, f"prompt {prompt}")
+            _matters(logits, case.base(input_ids=ids).logits)
+            inner = case.model.get_base_model()
+            for call in ({"input_ids": ids, "use_cache": False}, {"inputs_embeds": case.embed(ids)}):
+                logits = inner(prompt_ids=torch.tensor([prompt]), **call).logits
+                _close(logits, expected, f"prompt {prompt}, {list(call)[-1]}")
+
+
+def a_padded_row_is_that_row_alone(case: Case) -> None:
+    for side in ("left", "right"):
+        ids, mask = case.batch(side)
+        with torch.no_grad():
+            together = case.model(input_ids=ids, attention_mask=mask).logits
+            chosen = case.model.last_selection
+            for row in range(len(ROWS)):
+                alone = case.model(input_ids=case.alone(row)).logits[0]
+                selection = case.model.last_selection
+                _close(selection.scores[0], chosen.scores[row], f"scores of row {row}, padded {side}")
+                _close(together[row][mask[row].bool()], alone, f"row {row}, padded {side}")
+
+
+def generation_is_concatenation(case: Case) -> None:
+    ids, expected = case.alone(0), case.alone(0)
+    for _ in range(6):
+        with torch.no_grad():
+            step = case.expected_logits(expected, 1)[:, -1].argmax(-1)
+        expected = torch.cat([expected, step[:, None]], dim=1)
+    for settings in ({}, {"use_cache": False}):
+        call = {"prompt_ids": torch.tensor([1]), "max_new_tokens": 6, "do_sample": False, **settings}
+        _same(case.model.generate(input_ids=ids, **call), expected, f"generate {settings}")
+
+
+def generation_of_a_padded_row_is_that_of_the_row_alone(case: Case) -> None:
+    ids, mask = case.batch()
+    for settings in ({}, {"num_beams": 2}):
+        call = {"max_new_tokens": 6, "do_sample": False, **settings}
+        together = case.model.generate(input_ids=ids, attention_mask=mask, **call)
+        for row in range(len(ROWS)):
+            alone = case.model.generate(input_ids=case.alone(row), **call)
+            _same(together[row, ids.shape[1] :], alone[0, ROWS[row] :], f"row {row} {settings}")
+
+
+def the_choice_is_the_definition(case: Case) -> None:
+    """By the weights that the eager base reports on each `[P_i ; E(x)]`: queries and keys of layer 0 do not depend on the
+    prompt, so the joint softmax follows from each prompt's odds."""
+    base, ids = case.again(), case.alone(1)
+    base.set_attn_implementation("eager")
+    odds = []
+    with torch.no_grad():
+        case.model(input_ids=ids)
+        for prompt in range(len(LENGTHS)):
+            output, front = case.concatenated(ids, prompt, base=base, output_attentions=True)
+            if output.attentions is None or output.attentions[0] is None:
+                return
+            on_prompt = output.attentions[0][0, :, front:, :front].sum(-1)  # [heads, n]
+            odds.append(on_prompt / (1 - on_prompt))
+    odds = torch.stack(odds, dim=-1)
+    scores = (odds / (1 + odds.sum(-1, keepdim=True))).mean((0, 1)) / torch.tensor(LENGTHS)
+    _close(case.model.last_selection.scores[0], scores, "scores")
+
+
+def training_is_concatenation(case: Case) -> None:
+    ids = case.alone(1)
+    call = {"input_ids": ids, "labels": ids, "prompt_ids": torch.tensor([1])}
+    chosen = case.prompts[1].clone().requires_grad_()
+    base = case.again().train()
+    loss = _loss(case.expected_logits(ids, 1, base=base, chosen=chosen), ids)
+    (expected,) = torch.autograd.grad(loss, chosen)
+    bank, model = bank_of(case.model), case.model
+    untouched = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model.train()
+    ways = [{}]
+    if getattr(model.get_base_model(), "supports_gradient_checkpointing", False):
+        ways.append({"use_reentrant": False})
+    for checkpointing in ways:
+        if checkpointing:
+            model.gradient_checkpointing_enable(checkpointing)
+        model.zero_grad()
+        _loss(model(**call).logits, ids).backward()
+        gradient = bank.weight.grad.split(LENGTHS)
+        way = "under gradient checkpointing" if checkpointing else "in training"
+        scale = expected.abs().max()
+        if not bool(scale > 1e-6):
+            raise Wrong(f"the gradient of the concatenation is {scale}")
+        _close(gradient[1] / scale, expected / scale, f"gradient {way}")
+    if checkpointing:
+        model.gradient_checkpointing_disable()
+    model.zero_grad()
+    before = model(**call).loss
+    before.backward()
+    with torch.no_grad():
+        bank.weight -= 1e-2 * bank.weight.grad / bank.weight.grad.norm()
+    after = model(**call).loss
+    if not bool(after < before):
+        raise Wrong(f"a step changes the loss from {before.item()} to {after.item()}")
+    model.eval()
+    for name, tensor in case.model.get_base_model().state_dict().items():
+        if ".idp." not in name and not torch.equal(tensor, untouched[name]):
+            raise Wrong(f"training changed {name} of the base")
+
+
+def without_the_adapter_it_is_the_base(case: Case) -> None:
+    ids, mask = case.batch()
+    with torch.no_grad(), case.model.disable_adapter():
+        logits = case.model(input_ids=ids, attention_mask=mask).logits
+        expected = case.base(input_ids=ids, attention_mask=mask).logits
+    if not torch.equal(logits.nan_to_num(), expected.nan_to_num()):
+        raise Wrong("disable_adapter() differs from the base")
+
+
+def an_adapter_that_is_loaded_is_the_one_that_was_saved(case: Case) -> None:
+    ids = case.alone(0)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        case.model.save_pretrained(folder)
+        loaded = PeftModel.from_pretrained(case.again(), folder).eval()
+    with torch.no_grad():
+        _same(loaded(input_ids=ids).logits, case.model(input_ids=ids).logits, "a loaded adapter's logits")
+
+
+CHECKS: list[Callable[[Case], None]] = [
+    a_forced_prompt_is_concatenation,
+    a_padded_row_is_that_row_alone,
+    generation_is_concatenation,
+    generation_of_a_padded_row_is_that_of_the_row_alone,
+    the_choice_is_the_definition,
+    training_is_concatenation,
+    without_the_adapter_it_is_the_base,
+    an_adapter_that_is_loaded_is_the_one_that_was_saved,
+]
+
+
+def _loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+
+
+def _close(got: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    if got.shape != expected.shape:
+        raise Wrong(f"{what}: shape {list(got.shape)} instead of {list(expected.shape)}")
+    difference = (got - expected).abs().max().item()
+    if not difference <= TOLERANCE:
+        raise Wrong(f"{what}: off by {difference:.3g} of {expected.abs().max().item():.3g}")
+
+
+def _same(got: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    if not torch.equal(got, expected):
+        raise Wrong(f"{what}: {got.flatten()[-8:].tolist()} instead of {expected.flatten()[-8:].tolist()}")
+
+
+def _matters(logits: torch.Tensor, without: torch.Tensor) -> None:
+    if not bool((logits - without).abs().max() > 1e-3):
+        raise Wrong("the prompt does not matter")
