@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from idp_peft.sharding import gathers, whole_shape
@@ -15,56 +16,128 @@ from idp_peft.sharding import gathers, whole_shape
 _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _POSITION_TABLES = ("wpe", "embed_positions")
 _CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument, and takes the old name too
-_BIDIRECTIONAL = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "megatron-bert")
+_TEXT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+_CONDITIONS = ("cross_attention_states", "t_cond")  # arguments of layers: pictures in Mllama, sound in Voxtral Realtime
 
 
 def find_decoder(model: nn.Module) -> nn.Module:
     """The decoder of a causal language model: what turns embeddings into the hidden states its head reads.
 
     Raises:
-        `ValueError`: for a model that is no decoder-only causal language model, has no attention, or is only the
-            decoder without its head.
+        `ValueError`: for a model on which a prompt's keys and values could not stand for the prompt, with what it is in the
+            model that stands against it.
     """
     name = type(model).__name__
-    config = getattr(model, "config", None)
-    if config is None or not callable(getattr(model, "get_decoder", None)):
+    if getattr(model, "config", None) is None or not callable(getattr(model, "get_decoder", None)):
         raise ValueError(f"IDP needs a transformers model with `get_decoder()`, got {name}")
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"IDP needs a decoder-only model: {name} is an encoder-decoder")
-    decoder = model.get_decoder()
-    if decoder is model or decoder is None or getattr(decoder, "config", None) is None:
-        raise ValueError(f"IDP needs a causal language model with its head (AutoModelForCausalLM), got {name}")
-    if decoder.config.model_type in _BIDIRECTIONAL and not decoder.config.is_decoder:
-        raise ValueError(f"IDP needs causal attention: {name} attends in both directions (`is_decoder=False`)")
-    blocks = find_blocks(decoder)
-    without = None if blocks is None else next((i for i, b in enumerate(blocks[1]) if find_attention(b) is None), None)
-    if blocks is None or without is not None:
-        where = "" if without is None else f" in layer {without}"
-        raise ValueError(f"IDP needs attention in every layer of the decoder: found none{where} of {name}")
-    _refuse_unknown_caches(decoder, name)
+    decoder = decoder_of(model)
+    _refuse_other_than_text(model, decoder, name)
+    _refuse_other_layers(decoder, name)
     return decoder
 
 
-def _refuse_unknown_caches(decoder: nn.Module, name: str) -> None:
-    """Raise where a layer keeps more than keys and values per token, or the decoder cannot be told positions."""
-    parameters = forward_parameters(type(decoder))
-    if cache_name(type(decoder)) is None:
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The innermost decoder of a model: `get_decoder()`, and on from classes with a head of their own on the way (Llama 4,
+    BLIP-2) or at which it stops too early (ModernBERT's decoder)."""
+    found, passed = model, []
+    while not any(found is module for module in passed):
+        passed.append(found)
+        inner = (found.get_decoder(), found.base_model, getattr(found, "model", None))
+        found = next((m for m in inner if isinstance(m, PreTrainedModel) and m is not found), found)
+    return found
+
+
+def _refuse_other_than_text(model: nn.Module, decoder: nn.Module, name: str) -> None:
+    """Raise for a model that is no causal language model of text alone."""
+    takes = inspect.signature(type(model).forward).parameters
+    if getattr(model.config, "is_encoder_decoder", False) or "decoder_input_ids" in takes:
+        raise ValueError(f"IDP needs a decoder-only model: {name} is an encoder-decoder")
+    if type(model).forward is nn.Module.forward:
+        raise ValueError(f"IDP needs a model that can be called: {name} has no `forward`, `generate` alone")
+    needed = [
+        argument.name
+        for argument in list(takes.values())[1:]
+        if argument.default is argument.empty
+        and argument.kind is argument.POSITIONAL_OR_KEYWORD
+        and argument.name not in _TEXT
+    ]
+    if needed:
+        raise ValueError(f"IDP needs a model that reads text: {name} cannot be called without `{needed[0]}`")
+    if "image_embeds" in forward_parameters(type(decoder)):
         raise ValueError(
-            f"IDP needs a decoder that takes a cache of keys and values, which {type(decoder).__name__} does not"
+            f"IDP needs a decoder that is given text alone: that of {name} puts pictures between its tokens itself "
+            "(`image_embeds`)"
         )
-    if position_limit(decoder) is not None and "position_ids" not in parameters:
+    if decoder is model:
+        raise ValueError(f"IDP needs a causal language model with its head (AutoModelForCausalLM), got {name}")
+    beside = _beside_text(decoder)
+    if beside is not None:
         raise ValueError(
-            f"IDP needs a decoder that takes `position_ids`, which {type(decoder).__name__} does not: its padded batches "
-            "could not be right"
+            f"IDP needs layers that read nothing but their text: those of {name} also read what comes from elsewhere "
+            f"(`{beside}`), and a prompt's keys and values would depend on it"
+        )
+    causal = [m.is_causal for m in decoder.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+    if getattr(decoder.config, "is_causal", True) is False or (causal and not any(causal)):
+        raise ValueError(f"IDP needs causal attention: {name} attends in both directions")
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:
+        embeddings = None
+    if getattr(embeddings, "weight", None) is None:
+        kind = "none" if embeddings is None else f"a {type(embeddings).__name__}"
+        raise ValueError(f"IDP needs one table of input embeddings (`get_input_embeddings()`): {name} has {kind}")
+
+
+def _beside_text(decoder: nn.Module) -> str | None:
+    """Name of what a decoder's layers read beside their own hidden states: an encoder, pictures, a condition."""
+    blocks = find_blocks(decoder)
+    if blocks is None:
+        return None
+    for name, module in decoder.named_modules():
+        last = name.rpartition(".")[2]
+        if last == "encoder_attn" or "cross_att" in last or "CrossAttention" in type(module).__name__:
+            return name
+    for block in blocks[1]:
+        for name in _CONDITIONS:
+            if name in forward_parameters(type(block)):
+                return name
+    return None
+
+
+def _refuse_other_layers(decoder: nn.Module, name: str) -> None:
+    """Raise where a prompt could not stand in the layers as keys and values at positions, or its layers are not where IDP
+    reads them."""
+    kind = type(decoder).__name__
+    if cache_name(type(decoder)) is None:
+        raise ValueError(f"IDP needs a decoder that takes a cache of keys and values, which {kind} does not")
+    blocks = find_blocks(decoder)
+    if blocks is None:
+        raise ValueError(
+            f"IDP needs the decoder's layers in one list, one module per hidden layer: {kind} of {name} has no such list"
         )
     for layer, cache_layer in enumerate(DynamicCache(config=decoder.config).layers):
         if type(cache_layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise ValueError(
-                f"IDP needs plain or sliding attention in every layer of the decoder: layer {layer} of {name} keeps a "
-                f"{type(cache_layer).__name__}"
+                f"IDP needs plain, sliding or chunked attention in every layer of the decoder: layer {layer} of {name} keeps "
+                f"a {type(cache_layer).__name__}"
             )
-    for block in find_blocks(decoder)[1]:
-        if not hasattr(getattr(block, find_attention(block)), "layer_idx"):
+    if position_limit(decoder) is not None and "position_ids" not in forward_parameters(type(decoder)):
+        raise ValueError(
+            f"IDP needs a decoder that takes `position_ids`, which {kind} does not: its padded batches could not be right"
+        )
+    for layer, block in enumerate(blocks[1]):
+        if (found := find_attention(block)) is None:
+            raise ValueError(
+                f"IDP needs attention in every layer of the decoder: found none in layer {layer} of {name} (looked for "
+                f"{', '.join(f'`{known}`' for known in _ATTENTION_NAMES)})"
+            )
+        attention = getattr(block, found)
+        if "cache_offset" in forward_parameters(type(attention)):
+            raise ValueError(
+                f"IDP needs layers that keep one set of keys and values: those of {name} run several times for a token, and "
+                "keep one set for each (`cache_offset`)"
+            )
+        if uses_interface(type(attention)) and not hasattr(attention, "layer_idx"):
             raise ValueError(f"IDP needs attention modules that know their `layer_idx`, which those of {name} do not")
 
 
@@ -137,7 +210,8 @@ def check_selection_layer(decoder: nn.Module, layer: int, reads_attention: bool 
         reads_attention (`bool`): whether the choice reads that layer's attention at all.
 
     Raises:
-        `ValueError`: outside the decoder, or above the first layer of a model with ALiBi.
+        `ValueError`: outside the decoder, or above the first layer of a model whose attention cannot be shown several
+            prompts at the same distance.
     """
     layers = len(find_blocks(decoder)[1])
     if not -layers <= layer < layers:
@@ -147,22 +221,66 @@ def check_selection_layer(decoder: nn.Module, layer: int, reads_attention: bool 
             f"`selection_layer` must be 0 on {decoder.config.model_type!r}, a model with ALiBi, got {layer}: its deeper "
             "layers cannot be shown all prompts at their own distances"
         )
+    if reads_attention and layer % layers and decoder.config.model_type == "gpt_neo":
+        raise ValueError(
+            f"`selection_layer` must be 0 on 'gpt_neo', got {layer}: the windows of its deeper layers count cache slots, in "
+            "which prompts stand one after the other"
+        )
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far back a layer attends, in positions.
+
+    Args:
+        window (`int`, *optional*): the last `window` positions (sliding attention).
+        chunk (`int`, *optional*): the positions of the same chunk of `chunk` (Llama 4).
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+
+    @property
+    def size(self) -> int | None:
+        """The most positions that a token attends to; `None` where it attends to all before it."""
+        return self.chunk if self.window is None else self.window
+
+    def covers(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Which of the positions `keys` are near enough to the positions `queries`, of shapes that broadcast."""
+        if self.window is not None:
+            return queries - keys < self.window
+        return queries // self.chunk == keys // self.chunk
+
+
+EVERYTHING = Reach()
+
+
+def reaches(decoder: nn.Module) -> list[Reach]:
+    """How far back each layer attends: what the cache that transformers makes for the decoder keeps."""
+    config = decoder.config
+    if config.model_type == "gpt_neo":  # keeps all keys, and masks them itself
+        return [Reach(window=config.window_size if kind == "local" else None) for kind in config.attention_layers]
+    kinds = getattr(config, "layer_types", None) or []
+    every_layer_chunked = not kinds and getattr(config, "sliding_window", None) is None
+    found = []
+    for layer, cache_layer in enumerate(DynamicCache(config=config).layers):
+        size = getattr(cache_layer, "sliding_window", None)
+        chunked = kinds[layer] == "chunked_attention" if kinds else every_layer_chunked
+        found.append(Reach(chunk=size) if chunked else Reach(window=size))
+    return found
 
 
 def distances_from_slots(decoder: nn.Module, slots: int | None) -> bool:
     """Whether the decoder measures some distance in cache slots, padding included: an ALiBi bias built from the length
-    (MPT), or a sliding window that `slots` slots fill.
+    (MPT), or a sliding window or a chunk that `slots` slots fill.
 
     Args:
         slots (`int`, *optional*): how many slots will be used at most; `None` where the sequence may go on.
     """
-    config = decoder.config
-    if config.model_type == "mpt":
+    if decoder.config.model_type == "mpt":
         return True
-    window = getattr(config, "sliding_window", None)
-    if window is None or not getattr(config, "use_sliding_window", True):
-        return False
-    return slots is None or slots >= window
+    sizes = [reach.size for reach in reaches(decoder) if reach.size is not None]
+    return bool(sizes) and (slots is None or slots >= min(sizes))
 
 
 def needs_full_mask(decoder: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from idp_peft.call import undisturbed
 from idp_peft.checkpoint import check_place, check_shapes, check_weights
 from idp_peft.config import IDPConfig
-from idp_peft.decoder import check_selection_layer, embedding_width, find_decoder
+from idp_peft.decoder import check_selection_layer, decoder_of, embedding_width, find_decoder
 from idp_peft.generation import generate
 from idp_peft.layer import IDPLayer
 from idp_peft.peft_model import adopt
@@ -72,7 +72,7 @@ class IDPModel(BaseTuner):
         return peft_config
 
     def _check_target_module_exists(self, peft_config: IDPConfig, key: str) -> bool:
-        return self.model.get_submodule(key) is self.model.get_decoder()
+        return self.model.get_submodule(key) is decoder_of(self.model)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -124,7 +124,7 @@ class IDPModel(BaseTuner):
     @property
     def layer(self) -> IDPLayer:
         """The child module that owns the banks."""
-        return getattr(self.model.get_decoder(), _CHILD)
+        return getattr(decoder_of(self.model), _CHILD)
 
     @property
     def last_selection(self) -> Selection | None:

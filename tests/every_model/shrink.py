@@ -53,8 +53,27 @@ SMALL = {name: size for size, names in _BY_SIZE.items() for name in names.split(
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
+# Rotary positions in three axes, of which text uses one.
+_THREE_AXES = {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}
+
 # What a rule by names cannot know: config class -> arguments, in front of those above. Dicts are merged entry by entry.
 EXCEPTIONS: dict[str, dict] = {
+    **dict.fromkeys(
+        [
+            "Cosmos3EdgeTextConfig",
+            "Glm46VTextConfig",
+            "Glm4vTextConfig",
+            "GlmOcrTextConfig",
+            "PaddleOCRTextConfig",
+            "Qwen2VLTextConfig",
+            "Qwen2_5OmniTextConfig",
+            "Qwen2_5_VLTextConfig",
+            "Qwen3OmniMoeTextConfig",
+            "Qwen3VLMoeTextConfig",
+            "Qwen3VLTextConfig",
+        ],
+        _THREE_AXES,
+    ),
     "BltConfig": {"encoder_hash_byte_group_vocab": 16, "encoder_hash_byte_group_size": [3, 4]},
     "Apertus1p5Config": {"image_token_offset": 60, "audio_token_offset": 76},
     "Apertus1p5VisionTokenizerConfig": {"base_channels": 32, "latent_channels": 32, "embed_dim": 32},
@@ -63,10 +82,10 @@ EXCEPTIONS: dict[str, dict] = {
         "layer_types": _SLIDING,
         "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
     },
-    "Cosmos3EdgeTextConfig": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
     "DbrxConfig": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8, "kv_n_heads": 2}},
     "DeepseekOcr2SamVisionConfig": {"downsample_channels": [32, 32]},
     "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense", "sparse", "sparse"], "n_group": 1, "topk_group": 1},
+    "DoryConfig": {"n_input_layers": 1, "n_output_layers": 1},
     "Dots1Config": {"n_shared_experts": 1},
     "Dots3NoteTextConfig": {
         "n_group": 1,
@@ -110,16 +129,22 @@ EXCEPTIONS: dict[str, dict] = {
     "Gemma4TextConfig": {"global_head_dim": 16},
     "Gemma4UnifiedTextConfig": {"global_head_dim": 16},
     "Gemma4UnifiedVisionConfig": {"mm_embed_dim": 32, "mm_posemb_size": 16},
+    "Glm4vMoeTextConfig": {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}},
     "Glm5NextTextConfig": {"qk_rope_head_dim": 0, "head_dim": 0},
     "Granite4VisionConfig": {
         "vision_config": {"hidden_size": 64, "num_attention_heads": 4},
         "qformer_config": {"num_attention_heads": 4},
         "downsample_rate": "1/2",
-        "deepstack_layer_map": [[0, 0]], "spatial_target_layers": [1]},
+        "deepstack_layer_map": [[0, 0]],
+        "spatial_target_layers": [1],
+    },
     "HYV4VLTextConfig": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 0]}},
+    "HunYuanVLTextConfig": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 1, 1]}},
     "JanusVQVAEConfig": {"base_channels": 32},
     "KyutaiSpeechToTextConfig": {"codebook_vocab_size": 16, "audio_pad_token_id": 3, "pad_token_id": 0},
+    "Lfm2Config": {"layer_types": ["conv", "full_attention", "conv"]},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention", "conv"]},
+    "MllamaTextConfig": {"cross_attention_layers": [1]},
     "Mamba2Config": {"num_heads": 8},
     "MimiConfig": {"upsample_groups": 32},
     "Molmo2AdapterConfig": {"vision_feature_layer": [2, 1]},
@@ -127,6 +152,8 @@ EXCEPTIONS: dict[str, dict] = {
     "Nemotron3_5TranscribeWordTimestampConfig": {"blank_token_id": 5},
     "NemotronH_Omni_Reasoning_V3_Config": {"vision_config": {"video_temporal_patch_size": 2}},
     "OmniASRAudioConfig": {"conv_dim": (16, 16, 16, 16, 16, 16, 16)},
+    "Qwen2_5OmniThinkerConfig": {"vision_start_token_id": 8, "vision_end_token_id": 9},
+    "Qwen3OmniMoeThinkerConfig": {"vision_start_token_id": 8, "vision_end_token_id": 9},
     "Qwen4ExpTextConfig": {
         "indexer_n_heads": 4,
         "indexer_kv_heads": 1,
@@ -193,18 +220,20 @@ def _usual(config_class: type) -> dict:
 
 
 def tiny_config(config_class: type, **arguments):
-    return config_class(**{**tiny_arguments(config_class), **arguments})
+    """A tiny config; `arguments` go in front of the tiny ones, dicts entry by entry."""
+    return config_class(**merged(tiny_arguments(config_class), arguments))
 
 
 def tiny_model(model_class: type, attention: str = "sdpa", seed: int = 0, **arguments):
     """A tiny model in evaluation mode, with weights large enough that prompts and positions matter."""
     config = tiny_config(model_class.config_class, **arguments)
     torch.manual_seed(seed)
-    model = model_class._from_config(config, attn_implementation=attention if model_class._supports_sdpa else "eager")
+    model = model_class._from_config(config, **({"attn_implementation": "eager"} if attention == "eager" else {}))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.2)
-    model.generation_config.pad_token_id = 0
-    model.generation_config.eos_token_id = VOCAB  # never generated
+    if model.can_generate():
+        model.generation_config.pad_token_id = 0
+        model.generation_config.eos_token_id = VOCAB  # never generated
     return model.eval()
