@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import cache
+from types import CodeType
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from idp_peft.sharding import gathers, whole_shape
 
 _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _POSITION_TABLES = ("wpe", "embed_positions")
+_REACH_MASKS = {"create_sliding_window_causal_mask", "create_chunked_causal_mask"}
 _CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument, and takes the old name too
 _TEXT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 _CONDITIONS = ("cross_attention_states", "t_cond")  # arguments of layers: pictures in Mllama, sound in Voxtral Realtime
@@ -120,6 +122,13 @@ def _refuse_other_layers(decoder: nn.Module, name: str) -> None:
             raise ValueError(
                 f"IDP needs plain, sliding or chunked attention in every layer of the decoder: layer {layer} of {name} keeps "
                 f"a {type(cache_layer).__name__}"
+            )
+        kept = getattr(cache_layer, "sliding_window", None)
+        masked = masks_by_reach(type(decoder)) or hasattr(decoder, "_update_causal_mask")
+        if kept is not None and not masked and kept < getattr(decoder.config, "max_position_embeddings", kept):
+            raise ValueError(
+                f"IDP needs masks and a cache that agree: layer {layer} of {name} keeps the last {kept} positions, its mask "
+                "shows them all, and so its own generation differs from one pass over the same text"
             )
     if position_limit(decoder) is not None and "position_ids" not in forward_parameters(type(decoder)):
         raise ValueError(
@@ -268,6 +277,18 @@ def reaches(decoder: nn.Module) -> list[Reach]:
         chunked = kinds[layer] == "chunked_attention" if kinds else every_layer_chunked
         found.append(Reach(chunk=size) if chunked else Reach(window=size))
     return found
+
+
+@cache
+def masks_by_reach(decoder_class: type[nn.Module]) -> bool:
+    """Whether a decoder class asks transformers for masks of windows or chunks: Moshi's cache keeps a window, and its masks
+    do not know of it."""
+
+    def names(code) -> set[str]:
+        inner = [names(part) for part in code.co_consts if isinstance(part, CodeType)]
+        return set(code.co_names).union(*inner)
+
+    return not _REACH_MASKS.isdisjoint(names(inspect.unwrap(decoder_class.forward).__code__))
 
 
 def distances_from_slots(decoder: nn.Module, slots: int | None) -> bool:

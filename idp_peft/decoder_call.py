@@ -34,6 +34,7 @@ from idp_peft.input_checks import (
     refuse_cache_under_checkpointing,
     refuse_lengths_by_layer,
     refuse_packed,
+    refuse_scaled_padding,
     refuse_without_own_generate,
 )
 from idp_peft.prompt_cache import check_finite
@@ -137,6 +138,7 @@ class DecoderCall:
         past = int(cache.get_seq_length())
         mask = checked_mask(kwargs, batch, past + tokens, "the cache and the input")
         check_room(decoder, past + tokens, part.positions, mask)
+        refuse_scaled_padding(decoder, past + tokens + part.positions, mask)
         if kwargs.get("position_ids") is not None:
             positions = kwargs["position_ids"]
         elif mask is not None:
@@ -237,6 +239,7 @@ class DecoderCall:
         if returns_cache:  # the sequence goes on: as far as `generate` says, or who knows how far
             slots = call.total if call is not None and call.generating else None
         slots = None if slots is None else slots + self.layer.active_bank.max_length
+        refuse_scaled_padding(decoder, slots or tokens + self.layer.active_bank.max_length, mask)
         return distances_from_slots(decoder, slots) and not bool(mask[:, 0].all())
 
     def _part(self, prompt_ids: torch.Tensor) -> PromptPart:

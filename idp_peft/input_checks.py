@@ -83,6 +83,13 @@ def check_room(decoder: nn.Module, tokens: int, positions: int, real: torch.Tens
         positions (`int`): K.
         real (`torch.Tensor`, *optional*): bool `[batch, n]`, the attention mask; padding takes no position.
     """
+    keys = getattr(decoder.config, "keep_window_size", None)
+    if keys is not None and tokens + positions > keys:
+        raise ValueError(
+            f"{tokens} input tokens and {positions} prompt positions are more than the {keys} keys that the model attends to "
+            "at once (`keep_window_size`), and which of them it drops depends on later tokens: shorten the input to "
+            f"{max(keys - positions, 0)} tokens"
+        )
     limit = position_limit(decoder)
     if limit is None or tokens + positions <= limit:
         return
@@ -91,6 +98,24 @@ def check_room(decoder: nn.Module, tokens: int, positions: int, real: torch.Tens
         raise ValueError(
             f"{tokens} input tokens and {positions} prompt positions need {tokens + positions} positions, but the model "
             f"has {limit}: shorten the input to {max(limit - positions, 0)} tokens"
+        )
+
+
+def refuse_scaled_padding(decoder: nn.Module, slots: int | None, mask: torch.Tensor | None) -> None:
+    """Raise where left padding would be counted as text: Llama 4 scales the attention of its layers without rotary positions
+    by the slot of a token, in steps of `floor_scale`.
+
+    Args:
+        slots (`int`, *optional*): how many slots will be used, the prompt's among them; `None` where nobody knows.
+        mask (`torch.Tensor`, *optional*): `[batch, slots so far]`, the caller's.
+    """
+    config = decoder.config
+    if not getattr(config, "attn_temperature_tuning", False) or slots is None or slots < config.floor_scale:
+        return
+    if mask is not None and all(getattr(config, "no_rope_layers", [])) is False and not bool(mask[:, 0].all()):
+        raise ValueError(
+            f"IDP cannot run left-padded rows of {slots} positions on a model that scales its attention by the cache slot, "
+            f"padding included, from {config.floor_scale} on (`attn_temperature_tuning`): run each row alone"
         )
 
 

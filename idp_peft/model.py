@@ -54,6 +54,7 @@ class IDPModel(BaseTuner):
     # ------------------------------------------------------------------ injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs) -> None:
+        find_decoder(model)  # before PEFT looks at the model, and raises for what it finds
         # Nothing to learn from a state dict: there is one place for the prompts.
         kwargs["state_dict"] = None
         try:

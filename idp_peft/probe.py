@@ -20,12 +20,14 @@ from torch import nn
 from transformers import AttentionInterface, DynamicCache
 
 from idp_peft.decoder import (
+    EVERYTHING,
     Reach,
     cache_name,
     check_selection_layer,
     find_attention,
     find_blocks,
     forward_parameters,
+    masks_by_reach,
     reaches,
     uses_interface,
 )
@@ -132,7 +134,8 @@ def _run(decoder, layer, mask, inputs, cache: DynamicCache, position_ids, implem
     )
     if "position_ids" not in forward_parameters(type(decoder)):
         del call["position_ids"]
-    token = _current.set(_Probe(layer, mask, reaches(decoder)))
+    seen = reaches(decoder) if masks_by_reach(type(decoder)) else [EVERYTHING] * (layer + 1)
+    token = _current.set(_Probe(layer, mask, seen))
     try:
         type(decoder).forward(probe, **call)
     except _Reached as reached:

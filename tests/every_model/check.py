@@ -15,6 +15,7 @@ from tests.reference import bank_of, prompts_of
 from tests.tiny import token_batch
 
 TOLERANCE = 1e-4  # fp32, DESIGN.md promise 1
+STEPS = {"max_new_tokens": 6, "do_sample": False}
 ROWS = [5, 9, 2]  # tokens of the rows of a batch
 # Their eager attention reports its weights before it scales them by the sink's share, so they are not what a choice reads.
 REPORTS_OTHER_WEIGHTS = ("GraniteSWAForCausalLM", "GraniteMoeSWAForCausalLM")
@@ -104,24 +105,31 @@ def a_padded_row_is_that_row_alone(case: Case) -> None:
 
 
 def generation_is_concatenation(case: Case) -> None:
-    ids, expected = case.alone(0), case.alone(0)
-    for _ in range(6):
-        with torch.no_grad():
-            step = case.expected_logits(expected, 1)[:, -1].argmax(-1)
-        expected = torch.cat([expected, step[:, None]], dim=1)
+    """Every step's logits are those of one pass over the prompt, the input and what was generated."""
+    ids = case.alone(0)
     for settings in ({}, {"use_cache": False}):
-        call = {"prompt_ids": torch.tensor([1]), "max_new_tokens": 6, "do_sample": False, **settings}
-        _same(case.model.generate(input_ids=ids, **call), expected, f"generate {settings}")
+        made, logits = generate(case.model, ids, prompt_ids=torch.tensor([1]), **settings)
+        with torch.no_grad():
+            expected = case.expected_logits(made, 1)[0, ids.shape[1] - 1 : -1]
+        _close(logits[0], expected, f"generate {settings}")
+        _same(made[0, ids.shape[1] :], logits[0].argmax(-1), f"generate {settings}")
 
 
 def generation_of_a_padded_row_is_that_of_the_row_alone(case: Case) -> None:
     ids, mask = case.batch()
-    for settings in ({}, {"num_beams": 2}):
-        call = {"max_new_tokens": 6, "do_sample": False, **settings}
-        together = case.model.generate(input_ids=ids, attention_mask=mask, **call)
-        for row in range(len(ROWS)):
-            alone = case.model.generate(input_ids=case.alone(row), **call)
-            _same(together[row, ids.shape[1] :], alone[0, ROWS[row] :], f"row {row} {settings}")
+    _, logits = generate(case.model, ids, attention_mask=mask)
+    with_beams = case.model.generate(input_ids=ids, attention_mask=mask, num_beams=2, **STEPS)
+    for row in range(len(ROWS)):
+        _, logits_alone = generate(case.model, case.alone(row))
+        _close(logits[row], logits_alone[0], f"row {row}")
+        alone = case.model.generate(input_ids=case.alone(row), num_beams=2, **STEPS)
+        _same(with_beams[row, ids.shape[1] :], alone[0, ROWS[row] :], f"row {row} with beams")
+
+
+def generate(model, ids: torch.Tensor, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy sequences `[batch, n + steps]` and each step's logits `[batch, steps, vocab]`."""
+    made = model.generate(input_ids=ids, return_dict_in_generate=True, output_logits=True, **STEPS, **arguments)
+    return made.sequences, torch.stack(made.logits, dim=1)
 
 
 def the_choice_is_the_definition(case: Case) -> None:

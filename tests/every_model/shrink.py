@@ -98,6 +98,7 @@ EXCEPTIONS: dict[str, dict] = {
         "swa_qk_nope_head_dim": 8,
         "swa_v_head_dim": 6,
     },
+    "Dots3NoteVisionConfig": {"mlp_layer_types": ["dense", "dense", "dense"], "per_layer_config": None},
     "Emu3Config": {"vocabulary_map": {"<image>": 5}},
     "Emu3VQVAEConfig": {"base_channels": 32},
     "Ernie4_5_VLMoeTextConfig": {
@@ -148,6 +149,7 @@ EXCEPTIONS: dict[str, dict] = {
     "Mamba2Config": {"num_heads": 8},
     "MimiConfig": {"upsample_groups": 32},
     "Molmo2AdapterConfig": {"vision_feature_layer": [2, 1]},
+    "MoshiConfig": {"sliding_window": 64},
     "MuseSparkAudioConfig": {"num_hidden_layers": 4, "hidden_sizes": [8, 8, 8, 32], "depths": [1, 1, 1, 1]},
     "Nemotron3_5TranscribeWordTimestampConfig": {"blank_token_id": 5},
     "NemotronH_Omni_Reasoning_V3_Config": {"vision_config": {"video_temporal_patch_size": 2}},

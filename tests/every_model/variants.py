@@ -15,10 +15,9 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "queries of full rank": {"q_lora_rank": None},
         "more tokens": {"num_nextn_predict_layers": 1},
     },
-    "DogeForCausalLM": {"few keys": {"keep_window_size": 4}},
     "DoryForCausalLM": {"cache of the last loop": {"recurrent_kv_cache_mode": "last_loop"}},
     "FalconForCausalLM": {
-        "ALiBi": {"alibi": True, "multi_query": False},
+        "ALiBi": {"alibi": True, "multi_query": False, "num_kv_heads": 4},
         "new decoder": {"new_decoder_architecture": True, "num_kv_heads": 2},
         "sequential": {"parallel_attn": False, "bias": True},
     },
@@ -55,7 +54,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
     },
     "Llama4ForCausalLM": {
         "full attention": {"layer_types": ["full_attention"] * 3},
-        "no rotation, scaled": {"no_rope_layers": [1, 0, 1], "floor_scale": 4},
+        "all rotated": {"no_rope_layers": [1, 1, 1]},
     },
     "MiniMaxM3VLForCausalLM": {
         "sparse": {"layer_types": ["minimax_m3_sparse", "full_attention", "minimax_m3_sparse"], "index_topk_blocks": 1}
@@ -72,7 +71,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
         }
     },
     "MistralForCausalLM": {"no window": {"sliding_window": None}},
-    "MixtralForCausalLM": {"router's loss": {"output_router_logits": True}},
+    "MoshiForCausalLM": {"short window": {"sliding_window": 8}},
     "OPTForCausalLM": {"post-norm, narrow embeddings": {"do_layer_norm_before": False, "word_embed_proj_dim": 16}},
     "Phi3ForCausalLM": {"no window, part rotated": {"sliding_window": None, "partial_rotary_factor": 0.5}},
     "Qwen2ForCausalLM": {"sliding": {"use_sliding_window": True, "max_window_layers": 1, "layer_types": _SLIDING}},
