@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from types import CodeType
 
 import torch
@@ -17,6 +18,8 @@ from idp_peft.sharding import gathers, whole_shape
 _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _POSITION_TABLES = ("wpe", "embed_positions")
 _REACH_MASKS = {"create_sliding_window_causal_mask", "create_chunked_causal_mask"}
+_PLAIN = ("DynamicCache", "EncoderDecoderCache", "StaticCache", "Cache", "HybridCache")
+_HYBRID = "has_previous_state"  # what hybrid decoders ask their cache; the caches of transformers 5.0 do not know
 _CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument, and takes the old name too
 _TEXT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 _CONDITIONS = ("cross_attention_states", "t_cond")  # arguments of layers: pictures in Mllama, sound in Voxtral Realtime
@@ -52,8 +55,6 @@ def decoder_of(model: nn.Module) -> nn.Module:
 def _refuse_other_than_text(model: nn.Module, decoder: nn.Module, name: str) -> None:
     """Raise for a model that is no causal language model of text alone."""
     takes = inspect.signature(type(model).forward).parameters
-    if getattr(model.config, "is_encoder_decoder", False) or "decoder_input_ids" in takes:
-        raise ValueError(f"IDP needs a decoder-only model: {name} is an encoder-decoder")
     if type(model).forward is nn.Module.forward:
         raise ValueError(f"IDP needs a model that can be called: {name} has no `forward`, `generate` alone")
     needed = [
@@ -65,6 +66,8 @@ def _refuse_other_than_text(model: nn.Module, decoder: nn.Module, name: str) -> 
     ]
     if needed:
         raise ValueError(f"IDP needs a model that reads text: {name} cannot be called without `{needed[0]}`")
+    if getattr(model.config, "is_encoder_decoder", False) or "decoder_input_ids" in takes:
+        raise ValueError(f"IDP needs a decoder-only model: {name} is an encoder-decoder")
     if "image_embeds" in forward_parameters(type(decoder)):
         raise ValueError(
             f"IDP needs a decoder that is given text alone: that of {name} puts pictures between its tokens itself "
@@ -117,6 +120,11 @@ def _refuse_other_layers(decoder: nn.Module, name: str) -> None:
         raise ValueError(
             f"IDP needs the decoder's layers in one list, one module per hidden layer: {kind} of {name} has no such list"
         )
+    own = next(
+        (made for made in names_in_forward(type(decoder)) if made.endswith("Cache") and made not in _PLAIN), None
+    )
+    if own is not None:
+        raise ValueError(f"IDP needs layers that keep keys and values alone: {name} keeps a {own}")
     for layer, cache_layer in enumerate(DynamicCache(config=decoder.config).layers):
         if type(cache_layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise ValueError(
@@ -124,8 +132,11 @@ def _refuse_other_layers(decoder: nn.Module, name: str) -> None:
                 f"a {type(cache_layer).__name__}"
             )
         kept = getattr(cache_layer, "sliding_window", None)
-        masked = masks_by_reach(type(decoder)) or hasattr(decoder, "_update_causal_mask")
-        if kept is not None and not masked and kept < getattr(decoder.config, "max_position_embeddings", kept):
+        if (
+            kept is not None
+            and not masks_by_reach(decoder)
+            and kept < getattr(decoder.config, "max_position_embeddings", kept)
+        ):
             raise ValueError(
                 f"IDP needs masks and a cache that agree: layer {layer} of {name} keeps the last {kept} positions, its mask "
                 "shows them all, and so its own generation differs from one pass over the same text"
@@ -141,13 +152,31 @@ def _refuse_other_layers(decoder: nn.Module, name: str) -> None:
                 f"{', '.join(f'`{known}`' for known in _ATTENTION_NAMES)})"
             )
         attention = getattr(block, found)
+        own = next(
+            (child for child, it in block.named_children() if "cache_params" in forward_parameters(type(it))), None
+        )
+        if own is not None:
+            raise ValueError(
+                f"IDP needs layers that keep keys and values alone: layer {layer} of {name} also keeps a state (`{own}`)"
+            )
         if "cache_offset" in forward_parameters(type(attention)):
             raise ValueError(
                 f"IDP needs layers that keep one set of keys and values: those of {name} run several times for a token, and "
                 "keep one set for each (`cache_offset`)"
             )
+        if hasattr(attention, "prepare_dynamic_mask") and not _always_masks(decoder):
+            raise ValueError(
+                f"IDP needs causal attention: in this version of transformers, {name} attends in both directions where no mask "
+                "is needed: load it with attn_implementation='eager'"
+            )
         if uses_interface(type(attention)) and not hasattr(attention, "layer_idx"):
             raise ValueError(f"IDP needs attention modules that know their `layer_idx`, which those of {name} do not")
+
+
+def _always_masks(decoder: nn.Module) -> bool:
+    """Whether a decoder whose layers write into their mask (Doge) makes one even where attention could do without."""
+    constants = str(inspect.unwrap(type(decoder).forward).__code__.co_consts)
+    return decoder.config._attn_implementation == "eager" or "allow_is_causal_skip" in constants
 
 
 def find_blocks(decoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
@@ -202,7 +231,7 @@ def replace_cache(output, cache) -> None:
 @cache
 def uses_interface(attention_class: type[nn.Module]) -> bool:
     """Whether an attention class gets its attention function from transformers' `AttentionInterface`."""
-    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(attention_class.forward).__code__.co_names
+    return "ALL_ATTENTION_FUNCTIONS" in names_in_forward(attention_class)
 
 
 def has_alibi(decoder: nn.Module) -> bool:
@@ -280,15 +309,20 @@ def reaches(decoder: nn.Module) -> list[Reach]:
 
 
 @cache
-def masks_by_reach(decoder_class: type[nn.Module]) -> bool:
-    """Whether a decoder class asks transformers for masks of windows or chunks: Moshi's cache keeps a window, and its masks
-    do not know of it."""
+def names_in_forward(module_class: type[nn.Module]) -> list[str]:
+    """Every name that a module class's forward looks up."""
 
-    def names(code) -> set[str]:
-        inner = [names(part) for part in code.co_consts if isinstance(part, CodeType)]
-        return set(code.co_names).union(*inner)
+    def names(code) -> list[str]:
+        inner = (names(part) for part in code.co_consts if isinstance(part, CodeType))
+        return [*code.co_names, *chain.from_iterable(inner)]
 
-    return not _REACH_MASKS.isdisjoint(names(inspect.unwrap(decoder_class.forward).__code__))
+    return names(inspect.unwrap(module_class.forward).__code__)
+
+
+def masks_by_reach(decoder: nn.Module) -> bool:
+    """Whether a decoder asks transformers for masks of windows or chunks: Moshi's cache keeps a window, and its masks do not
+    know of it."""
+    return not _REACH_MASKS.isdisjoint(names_in_forward(type(decoder)))
 
 
 def distances_from_slots(decoder: nn.Module, slots: int | None) -> bool:
@@ -302,6 +336,18 @@ def distances_from_slots(decoder: nn.Module, slots: int | None) -> bool:
         return True
     sizes = [reach.size for reach in reaches(decoder) if reach.size is not None]
     return bool(sizes) and (slots is None or slots >= min(sizes))
+
+
+def first_scaled_slot(decoder: nn.Module) -> int | None:
+    """The first cache slot from which a decoder scales attention by the slot, padding included; `None` where by positions, or
+    not at all (Llama 4 in layers without rotary positions; Ministral 3 in transformers 5.0)."""
+    config = decoder.config
+    if getattr(config, "attn_temperature_tuning", False) and not all(getattr(config, "no_rope_layers", None) or [True]):
+        return config.floor_scale - 1
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("llama_4_scaling_beta") and "cache_position" in forward_parameters(type(decoder)):
+        return rope["original_max_position_embeddings"]
+    return None
 
 
 def needs_full_mask(decoder: nn.Module) -> bool:

@@ -239,7 +239,7 @@ class DecoderCall:
         if returns_cache:  # the sequence goes on: as far as `generate` says, or who knows how far
             slots = call.total if call is not None and call.generating else None
         slots = None if slots is None else slots + self.layer.active_bank.max_length
-        refuse_scaled_padding(decoder, slots or tokens + self.layer.active_bank.max_length, mask)
+        refuse_scaled_padding(decoder, tokens + self.layer.active_bank.max_length if slots is None else slots, mask)
         return distances_from_slots(decoder, slots) and not bool(mask[:, 0].all())
 
     def _part(self, prompt_ids: torch.Tensor) -> PromptPart:

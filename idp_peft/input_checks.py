@@ -9,7 +9,7 @@ from torch import nn
 from transformers import StaticCache
 
 from idp_peft import call as calls
-from idp_peft.decoder import gathers_layers, given_cache, has_changing_rotary, position_limit
+from idp_peft.decoder import first_scaled_slot, gathers_layers, given_cache, has_changing_rotary, position_limit
 from idp_peft.host_loop import packs_rows
 from idp_peft.prompted_cache import is_prompted
 
@@ -101,21 +101,18 @@ def check_room(decoder: nn.Module, tokens: int, positions: int, real: torch.Tens
         )
 
 
-def refuse_scaled_padding(decoder: nn.Module, slots: int | None, mask: torch.Tensor | None) -> None:
-    """Raise where left padding would be counted as text: Llama 4 scales the attention of its layers without rotary positions
-    by the slot of a token, in steps of `floor_scale`.
+def refuse_scaled_padding(decoder: nn.Module, slots: int, mask: torch.Tensor | None) -> None:
+    """Raise where left padding would be counted as text by a decoder that scales its attention by the slot of a token.
 
     Args:
-        slots (`int`, *optional*): how many slots will be used, the prompt's among them; `None` where nobody knows.
+        slots (`int`): how many slots will be used at most, the prompt's among them.
         mask (`torch.Tensor`, *optional*): `[batch, slots so far]`, the caller's.
     """
-    config = decoder.config
-    if not getattr(config, "attn_temperature_tuning", False) or slots is None or slots < config.floor_scale:
-        return
-    if mask is not None and all(getattr(config, "no_rope_layers", [])) is False and not bool(mask[:, 0].all()):
+    first = first_scaled_slot(decoder)
+    if first is not None and slots > first and mask is not None and not bool(mask[:, 0].all()):
         raise ValueError(
-            f"IDP cannot run left-padded rows of {slots} positions on a model that scales its attention by the cache slot, "
-            f"padding included, from {config.floor_scale} on (`attn_temperature_tuning`): run each row alone"
+            f"IDP cannot run left-padded rows of {slots} positions on {type(decoder).__name__}: from {first} on it scales "
+            "attention by a token's place in the cache, padding included: run each row alone"
         )
 
 

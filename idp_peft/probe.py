@@ -134,7 +134,7 @@ def _run(decoder, layer, mask, inputs, cache: DynamicCache, position_ids, implem
     )
     if "position_ids" not in forward_parameters(type(decoder)):
         del call["position_ids"]
-    seen = reaches(decoder) if masks_by_reach(type(decoder)) else [EVERYTHING] * (layer + 1)
+    seen = reaches(decoder) if masks_by_reach(decoder) else [EVERYTHING] * (layer + 1)
     token = _current.set(_Probe(layer, mask, seen))
     try:
         type(decoder).forward(probe, **call)
@@ -190,11 +190,14 @@ class _EagerProbe:
 
     def __init__(self, attention: nn.Module, layer: int) -> None:
         self.attention, self.layer = attention, layer
+        # Classes for other implementations (`NemotronSdpaAttention`) are made of the eager one, which reports its weights.
+        made_of = [kind for kind in type(attention).__mro__ if issubclass(kind, nn.Module) and "forward" in vars(kind)]
+        self.eager = made_of[made_of.index(nn.Module) - 1]
 
     def __call__(self, *args, **kwargs):
-        if "output_attentions" in forward_parameters(type(self.attention)):
+        if "output_attentions" in forward_parameters(self.eager):
             kwargs["output_attentions"] = True
-        outputs = type(self.attention).forward(self.attention, *args, **kwargs)
+        outputs = self.eager.forward(self.attention, *args, **kwargs)
         if self.layer == _current.get().layer:
             weights = next((output for output in outputs[1:] if getattr(output, "ndim", 0) == 4), None)
             if weights is None:

@@ -42,6 +42,7 @@ class Case:
         with torch.no_grad():
             bank_of(self.model).weight.normal_(std=float(self.base.get_input_embeddings().weight.std()) or 0.2)
         self.prompts = prompts_of(self.model)
+        self.needs_positions = False  # Qwen2-VL of transformers 5.0 makes none without ids
 
     def batch(self, side: str = "left") -> tuple[torch.Tensor, torch.Tensor]:
         return tokens(ROWS, side)
@@ -64,6 +65,8 @@ class Case:
             arguments["attention_mask"] = (torch.arange(whole.shape[1]) >= longest - front)[None].long()
             arguments["position_ids"] = torch.arange(whole.shape[1])[None]
             front = longest
+        if self.needs_positions:
+            arguments.setdefault("position_ids", torch.arange(whole.shape[1])[None])
         return base(inputs_embeds=whole, use_cache=False, **arguments), front
 
     def expected_logits(self, ids: torch.Tensor, prompt: int, **arguments) -> torch.Tensor:
@@ -86,7 +89,10 @@ def a_forced_prompt_is_concatenation(case: Case) -> None:
             _close(logits, expected, f"prompt {prompt}")
             _matters(logits, case.base(input_ids=ids).logits)
             inner = case.model.get_base_model()
-            for call in ({"input_ids": ids, "use_cache": False}, {"inputs_embeds": case.embed(ids)}):
+            by_embeddings = {"inputs_embeds": case.embed(ids)}
+            if case.needs_positions:
+                by_embeddings["position_ids"] = torch.arange(ids.shape[1])[None]
+            for call in ({"input_ids": ids, "use_cache": False}, by_embeddings):
                 logits = inner(prompt_ids=torch.tensor([prompt]), **call).logits
                 _close(logits, expected, f"prompt {prompt}, {list(call)[-1]}")
 
@@ -142,7 +148,10 @@ def the_choice_is_the_definition(case: Case) -> None:
     with torch.no_grad():
         case.model(input_ids=ids)
         for prompt in range(2):
-            output, front = case.concatenated(ids, prompt, base=base, output_attentions=True)
+            seen = torch.ones(
+                1, len(case.prompts[prompt]) + ids.shape[1], dtype=torch.long
+            )  # some are not causal without
+            output, front = case.concatenated(ids, prompt, base=base, output_attentions=True, attention_mask=seen)
             if output.attentions is None or output.attentions[0] is None:
                 return
             weights = output.attentions[0][0, :, front:].float()  # [heads, n, front+n]

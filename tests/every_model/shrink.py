@@ -55,6 +55,7 @@ _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
 # Rotary positions in three axes, of which text uses one.
 _THREE_AXES = {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}
+_ERNIE = {"moe_intermediate_size": [48, 48], "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}}
 
 # What a rule by names cannot know: config class -> arguments, in front of those above. Dicts are merged entry by entry.
 EXCEPTIONS: dict[str, dict] = {
@@ -101,10 +102,8 @@ EXCEPTIONS: dict[str, dict] = {
     "Dots3NoteVisionConfig": {"mlp_layer_types": ["dense", "dense", "dense"], "per_layer_config": None},
     "Emu3Config": {"vocabulary_map": {"<image>": 5}},
     "Emu3VQVAEConfig": {"base_channels": 32},
-    "Ernie4_5_VLMoeTextConfig": {
-        "moe_intermediate_size": [48, 48],
-        "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]},
-    },
+    "Ernie4_5_VLMoeTextConfig": _ERNIE,
+    "Ernie4_5_VL_MoeTextConfig": _ERNIE,
     "FalconH1Config": {"mamba_d_ssm": 64},
     "Florence2VisionConfig": {"embed_dim": [8, 16, 16, 32], "num_heads": [2, 2, 2, 2], "num_groups": [2, 2, 2, 2]},
     "FunAsrNanoAdaptorConfig": {"intermediate_size": 8},
@@ -132,6 +131,7 @@ EXCEPTIONS: dict[str, dict] = {
     "Gemma4UnifiedVisionConfig": {"mm_embed_dim": 32, "mm_posemb_size": 16},
     "Glm4vMoeTextConfig": {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}},
     "Glm5NextTextConfig": {"qk_rope_head_dim": 0, "head_dim": 0},
+    "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention", "mamba"]},
     "Granite4VisionConfig": {
         "vision_config": {"hidden_size": 64, "num_attention_heads": 4},
         "qformer_config": {"num_attention_heads": 4},
@@ -167,8 +167,8 @@ EXCEPTIONS: dict[str, dict] = {
     "UnlimitedOcrSamVisionConfig": {"downsample_channels": (32, 32)},
     "VibeVoiceAcousticTokenizerEncoderConfig": {"num_filters": 4, "depths": (1, 1, 1, 1, 1, 1, 1)},
     "WavTokenizerEncoderConfig": {"codebook_dim": 32},
-    "Zamba2Config": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention"]},
-    "ZambaConfig": {"layers_block_type": ["hybrid", "linear_attention", "hybrid"]},
+    "Zamba2Config": {"layers_block_type": ["mamba", "hybrid", "mamba"]},
+    "ZambaConfig": {"layers_block_type": ["hybrid", "mamba", "hybrid"]},
     "ZayaConfig": {"num_experts_per_tok": 1},
 }
 
@@ -186,6 +186,8 @@ def tiny_arguments(config_class: type) -> dict:
     arguments = {
         name: SMALL[name] for name in names if name in SMALL and not isinstance(usual.get(name), (list, tuple, dict))
     }
+    if "vocab_size" in names:  # configs of transformers 5.0 may lack one, and models read it
+        arguments |= {name: SMALL[name] for name in ("pad_token_id", "bos_token_id") if name not in arguments}
     if "kv_lora_rank" in names:  # latent attention: every head has its own keys
         arguments["num_key_value_heads"] = arguments["num_attention_heads"]
     # A gradient is compared, so nothing may be random.

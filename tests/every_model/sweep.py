@@ -81,6 +81,11 @@ def outcome(row: str) -> Outcome:
             case.base(input_ids=case.alone(0))
     except Exception as error:  # of the base, which IDP has not touched
         return Outcome("fails by itself", _one_line(error))
+    try:
+        with torch.no_grad():
+            case.concatenated(case.alone(0), 1)
+    except Exception:  # the checks report it, if positions do not help
+        case.needs_positions = True
     wrong = []
     for check in CHECKS:
         try:

@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "no softcap": {"attn_logit_softcapping": None},
     },
     "Gemma3ForCausalLM": {"both directions": {"use_bidirectional_attention": True}},
-    "GraniteMoeHybridForCausalLM": {"attention alone": {"layer_types": ["full_attention"] * 3}},
+    "GraniteMoeHybridForCausalLM": {"attention alone": {"layer_types": ["attention"] * 3}},
     "Lfm2ForCausalLM": {"attention alone": {"layer_types": ["full_attention"] * 3}},
     "LlamaForCausalLM": {
         "biases, tied": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
@@ -58,17 +58,6 @@ VARIANTS: dict[str, dict[str, dict]] = {
     },
     "MiniMaxM3VLForCausalLM": {
         "sparse": {"layer_types": ["minimax_m3_sparse", "full_attention", "minimax_m3_sparse"], "index_topk_blocks": 1}
-    },
-    "Ministral3ForCausalLM": {
-        "scaled by position": {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 1e4,
-                "factor": 4.0,
-                "original_max_position_embeddings": 8,
-                "llama_4_scaling_beta": 0.5,
-            }
-        }
     },
     "MistralForCausalLM": {"no window": {"sliding_window": None}},
     "MoshiForCausalLM": {"short window": {"sliding_window": 8}},
