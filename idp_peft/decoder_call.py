@@ -15,7 +15,6 @@ from idp_peft.concatenation import Concatenation
 from idp_peft.decoder import (
     by_name,
     cache_name,
-    distances_from_slots,
     find_blocks,
     forward_parameters,
     gathers_layers,
@@ -40,6 +39,7 @@ from idp_peft.input_checks import (
 from idp_peft.prompt_cache import check_finite
 from idp_peft.prompt_ids import CHOOSES, check_prompt_ids
 from idp_peft.prompted_cache import PromptPart, adopt, decoder_view, is_prompted
+from idp_peft.reach import distances_from_slots
 from idp_peft.selection import Selection
 from idp_peft.sharding import unwrapped
 

@@ -9,9 +9,10 @@ from torch import nn
 from transformers import StaticCache
 
 from idp_peft import call as calls
-from idp_peft.decoder import first_scaled_slot, gathers_layers, given_cache, has_changing_rotary, position_limit
+from idp_peft.decoder import gathers_layers, given_cache, has_changing_rotary, position_limit
 from idp_peft.host_loop import packs_rows
 from idp_peft.prompted_cache import is_prompted
+from idp_peft.reach import first_scaled_slot
 
 
 def checked_inputs(kwargs: dict) -> torch.Tensor:

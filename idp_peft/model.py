@@ -12,11 +12,12 @@ from torch import nn
 from idp_peft.call import undisturbed
 from idp_peft.checkpoint import check_place, check_shapes, check_weights
 from idp_peft.config import IDPConfig
-from idp_peft.decoder import check_selection_layer, decoder_of, embedding_width, find_decoder
+from idp_peft.decoder import check_selection_layer, embedding_width, find_decoder
 from idp_peft.generation import generate
 from idp_peft.layer import IDPLayer
 from idp_peft.peft_model import adopt
 from idp_peft.prompt_bank import text_token_ids
+from idp_peft.promptable import check_promptable
 from idp_peft.selection import Selection
 
 _CHILD = "idp"
@@ -54,7 +55,7 @@ class IDPModel(BaseTuner):
     # ------------------------------------------------------------------ injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs) -> None:
-        find_decoder(model)  # before PEFT looks at the model, and raises for what it finds
+        check_promptable(model)  # before PEFT looks at the model, and raises for what it finds
         # Nothing to learn from a state dict: there is one place for the prompts.
         kwargs["state_dict"] = None
         try:
@@ -64,7 +65,7 @@ class IDPModel(BaseTuner):
             raise
 
     def _prepare_adapter_config(self, peft_config: IDPConfig, model_config: dict) -> IDPConfig:
-        """Everything that can be refused is refused here, before the model is touched."""
+        """What the adapter asks of this model is refused here, before the model is touched."""
         decoder = find_decoder(self.model)
         check_selection_layer(decoder, peft_config.selection_layer, peft_config.selection == "attention")
         came_from = getattr(peft_config, "_came_from", None)
@@ -73,7 +74,7 @@ class IDPModel(BaseTuner):
         return peft_config
 
     def _check_target_module_exists(self, peft_config: IDPConfig, key: str) -> bool:
-        return self.model.get_submodule(key) is decoder_of(self.model)
+        return self.model.get_submodule(key) is find_decoder(self.model)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -125,7 +126,7 @@ class IDPModel(BaseTuner):
     @property
     def layer(self) -> IDPLayer:
         """The child module that owns the banks."""
-        return getattr(decoder_of(self.model), _CHILD)
+        return getattr(find_decoder(self.model), _CHILD)
 
     @property
     def last_selection(self) -> Selection | None:

@@ -20,18 +20,15 @@ from torch import nn
 from transformers import AttentionInterface, DynamicCache
 
 from idp_peft.decoder import (
-    EVERYTHING,
-    Reach,
     cache_name,
     check_selection_layer,
     find_attention,
     find_blocks,
     forward_parameters,
-    masks_by_reach,
-    reaches,
     uses_interface,
 )
 from idp_peft.prompt_cache import PromptCache
+from idp_peft.reach import EVERYTHING, Reach, masks_by_reach, reaches
 from idp_peft.selection import AttentionLayer, BlockMask, attention_on_prompts, sum_by_prompt
 from idp_peft.sharding import gather_around, plain_class, unwrapped
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from idp_peft.composition.prompt_sources import PromptSource
 from idp_peft.decoder import embedding_width, find_decoder, has_changing_rotary, has_learned_positions
+from idp_peft.promptable import check_promptable
 
 
 class BaseNotFound(ValueError):
@@ -44,7 +45,7 @@ def skeleton(base_model: str | os.PathLike | nn.Module) -> PreTrainedModel:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     model.name_or_path = name
-    find_decoder(model)
+    check_promptable(model)
     return model
 
 

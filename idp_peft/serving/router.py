@@ -17,7 +17,6 @@ from idp_peft.composition.prompt_sources import PromptSource, read_prompts
 from idp_peft.config import IDPConfig
 from idp_peft.decoder import (
     check_selection_layer,
-    decoder_of,
     embedding_width,
     find_blocks,
     find_decoder,
@@ -171,7 +170,7 @@ def _layer(source: PromptSource, name: str, load_model_kwargs: dict) -> IDPLayer
     layers = _layers_needed(config, find_decoder(bones))
     with _without_report():
         model = load_model(name, headless=True, config=_first_layers(bones.config, layers), **load_model_kwargs)
-    decoder, embeddings = decoder_of(model), model.get_input_embeddings()
+    decoder, embeddings = find_decoder(model), model.get_input_embeddings()
     if source.width != embedding_width(embeddings):
         raise ValueError(
             f"the prompts of {source.label} have width {source.width}, the embeddings of the base model {name!r} "
