@@ -24,7 +24,6 @@ from idp_peft.decoder import (
     needs_full_mask,
     replace_cache,
     rotary_length,
-    with_cache,
 )
 from idp_peft.input_checks import (
     check_room,
@@ -77,12 +76,12 @@ class DecoderCall:
         cache = given_cache(kwargs)
         started = is_prompted(cache) and cache.idp_part is not None
         name = self.layer.active_name
-        if name is not None and _is_checkpointing(decoder):
-            if self._generates_with_cache(kwargs) or (cache is not None and int(cache.get_seq_length())):
-                refuse_cache_under_checkpointing()
-            if cache is not None:  # an empty one, as SmolVLM makes for every call: the layers would drop it
-                kwargs, cache = with_cache(kwargs, None, cache_name(type(decoder))), None
-                kwargs["use_cache"] = False
+        if (
+            name is not None
+            and _is_checkpointing(decoder)
+            and (cache is not None or self._generates_with_cache(kwargs))
+        ):
+            refuse_cache_under_checkpointing()
         if name is None:
             if started and cache.idp_part.positions:
                 cache.refuse()

@@ -27,7 +27,6 @@ ROWS = [
     "GptOssForCausalLM",  # attention sinks
     "XGLMForCausalLM",  # positions that are computed and added
     "FalconForCausalLM: ALiBi",
-    "SmolVLMForConditionalGeneration",  # makes a cache for every call, in training too
     "Lfm2ForCausalLM",  # convolutions
     "WhisperForCausalLM",  # cross-attention
     "BertLMHeadModel",  # both directions
