@@ -5,12 +5,13 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from peft import PeftModel, get_peft_model
 
 from idp_peft import IDPConfig
-from idp_peft.decoder import forward_parameters
+from idp_peft.decoder import cache_name, find_decoder, forward_parameters, given_cache
 from tests.reference import bank_of, prompts_of
 from tests.tiny import token_batch
 
@@ -19,6 +20,8 @@ STEPS = {"max_new_tokens": 6, "do_sample": False}
 ROWS = [5, 9, 2]  # tokens of the rows of a batch
 # Their eager attention reports its weights before it scales them by the sink's share, so they are not what a choice reads.
 REPORTS_OTHER_WEIGHTS = ("GraniteSWAForCausalLM", "GraniteMoeSWAForCausalLM")
+# What else these want while they train: which tokens are of a picture.
+TYPES_IN_TRAINING = {"Molmo2ForConditionalGeneration": "mm_token_type_ids"}
 LOW = 20  # ids below may mean something to a multimodal model
 
 
@@ -54,25 +57,67 @@ class Case:
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.base.get_input_embeddings()(ids)
 
-    def concatenated(self, ids: torch.Tensor, prompt: int, base=None, chosen=None, **arguments):
-        """The plain base on `[P_i ; E(x)]`: its output, and how many positions stand in front of the input."""
-        base = self.base if base is None else base
-        chosen = self.prompts[prompt] if chosen is None else chosen
-        whole = torch.cat([chosen[None].to(self.base.dtype), self.embed(ids)], dim=1)
-        front, longest = len(chosen), max(self.lengths)
-        if front < longest and "position_ids" in forward_parameters(type(base)):  # the input starts at position K
-            whole = torch.cat([whole.new_zeros(1, longest - front, whole.shape[2]), whole], dim=1)
-            arguments["attention_mask"] = (torch.arange(whole.shape[1]) >= longest - front)[None].long()
-            arguments["position_ids"] = torch.arange(whole.shape[1])[None]
-            front = longest
-        if self.needs_positions:
-            arguments.setdefault("position_ids", torch.arange(whole.shape[1])[None])
-        return base(inputs_embeds=whole, use_cache=False, **arguments), front
+    def concatenated(self, ids: torch.Tensor, prompt: int, base=None, chosen=None, **arguments) -> Concatenated:
+        """The plain base on `[P_i ; E(x)]`.
 
-    def expected_logits(self, ids: torch.Tensor, prompt: int, **arguments) -> torch.Tensor:
-        """f([P_i ; E(x)]) at the input's positions, `[1, n, vocab]`."""
-        output, front = self.concatenated(ids, prompt, **arguments)
-        return output.logits[:, front:]
+        Args:
+            base (`PreTrainedModel`, *optional*): another copy of the base.
+            chosen (`torch.Tensor`, *optional*): `[k, d]`, in the place of the prompt.
+            arguments: of the base's call.
+        """
+        base = self.base if base is None else base
+        chosen = (self.prompts[prompt] if chosen is None else chosen)[None].to(self.base.dtype)
+        front, longest = chosen.shape[1], max(self.lengths)
+        total = front + ids.shape[1]
+        positioned = "position_ids" in forward_parameters(type(base))
+        if front < longest and positioned:  # the input starts at position K
+            chosen = torch.cat([chosen.new_zeros(1, longest - front, chosen.shape[2]), chosen], dim=1)
+            front, total = longest, total + longest - front
+            arguments["attention_mask"] = (torch.arange(total) >= front - len(self.prompts[prompt]))[None].long()
+            arguments["position_ids"] = torch.arange(total)[None]
+        if self.needs_positions and positioned:
+            arguments.setdefault("position_ids", torch.arange(total)[None])
+        if name := TYPES_IN_TRAINING.get(type(base).__name__):
+            arguments[name] = torch.zeros(1, total, dtype=torch.long)
+        if getattr(find_decoder(base).config, "hidden_size_per_layer_input", 0):
+            return self._continued(base, chosen, ids, arguments)
+        whole = torch.cat([chosen, self.embed(ids)], dim=1)
+        output = base(inputs_embeds=whole, use_cache=False, **arguments)
+        return Concatenated(output.logits[:, front:], _of_first_layer(output, slice(front, None)), front)
+
+    def _continued(self, base, chosen: torch.Tensor, ids: torch.Tensor, arguments: dict) -> Concatenated:
+        """The same where layers look tokens up by their ids (Gemma 3n and 4): the prompt goes first, without ids."""
+        front, decoder = chosen.shape[1], find_decoder(base)
+        prefix = {name: value[:, :front] for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+        if hasattr(
+            decoder, "per_layer_model_projection_scale"
+        ):  # Gemma 4 wants something looked up for embeddings as well
+            prefix["per_layer_inputs"] = decoder.get_per_layer_inputs(torch.zeros(1, front, dtype=torch.long))
+        begun = given_cache(base(inputs_embeds=chosen, use_cache=True, **prefix))
+        if "position_ids" in arguments:
+            arguments["position_ids"] = arguments["position_ids"][:, front:]
+        output = base(input_ids=ids, **{cache_name(type(base)): begun}, **arguments)
+        return Concatenated(output.logits, _of_first_layer(output, slice(None)), front)
+
+
+@dataclass(frozen=True)
+class Concatenated:
+    """What the base makes of a prompt and an input, at the input's positions.
+
+    Args:
+        logits (`torch.Tensor`): `[1, n, vocab]`.
+        attention (`torch.Tensor`, *optional*): `[heads, n, front + n]`, the first layer's, where the base reports it.
+        front (`int`): slots in front of the input.
+    """
+
+    logits: torch.Tensor
+    attention: torch.Tensor | None
+    front: int
+
+
+def _of_first_layer(output, rows: slice) -> torch.Tensor | None:
+    attentions = getattr(output, "attentions", None)
+    return None if not attentions or attentions[0] is None else attentions[0][0, :, rows].float()
 
 
 def tokens(lengths: list[int], side: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +130,7 @@ def a_forced_prompt_is_concatenation(case: Case) -> None:
     for prompt in range(2):
         with torch.no_grad():
             logits = case.model(input_ids=ids, prompt_ids=torch.tensor([prompt])).logits
-            expected = case.expected_logits(ids, prompt)
+            expected = case.concatenated(ids, prompt).logits
             _close(logits, expected, f"prompt {prompt}")
             _matters(logits, case.base(input_ids=ids).logits)
             inner = case.model.get_base_model()
@@ -116,7 +161,7 @@ def generation_is_concatenation(case: Case) -> None:
     for settings in ({}, {"use_cache": False}):
         made, logits = generate(case.model, ids, prompt_ids=torch.tensor([1]), **settings)
         with torch.no_grad():
-            expected = case.expected_logits(made, 1)[0, ids.shape[1] - 1 : -1]
+            expected = case.concatenated(made, 1).logits[0, ids.shape[1] - 1 : -1]
         _close(logits[0], expected, f"generate {settings}")
         _same(made[0, ids.shape[1] :], logits[0].argmax(-1), f"generate {settings}")
 
@@ -151,11 +196,10 @@ def the_choice_is_the_definition(case: Case) -> None:
             seen = torch.ones(
                 1, len(case.prompts[prompt]) + ids.shape[1], dtype=torch.long
             )  # some are not causal without
-            output, front = case.concatenated(ids, prompt, base=base, output_attentions=True, attention_mask=seen)
-            if output.attentions is None or output.attentions[0] is None:
+            found = case.concatenated(ids, prompt, base=base, output_attentions=True, attention_mask=seen)
+            if found.attention is None:
                 return
-            weights = output.attentions[0][0, :, front:].float()  # [heads, n, front+n]
-            on_prompt, own = weights[..., :front].sum(-1), weights[..., front:].sum(-1)
+            on_prompt, own = (part.sum(-1) for part in found.attention.split([found.front, ids.shape[1]], -1))
             odds.append(on_prompt / (own + (1 - on_prompt - own).clamp(min=0)))  # the rest is on an attention sink
     odds = torch.stack(odds, dim=-1)
     scores = (odds / (1 + odds.sum(-1, keepdim=True))).mean((0, 1)) / torch.tensor(case.lengths)
@@ -165,9 +209,11 @@ def the_choice_is_the_definition(case: Case) -> None:
 def training_is_concatenation(case: Case) -> None:
     ids = case.alone(1)
     call = {"input_ids": ids, "labels": ids, "prompt_ids": torch.tensor([1])}
+    if name := TYPES_IN_TRAINING.get(type(case.base).__name__):
+        call[name] = torch.zeros_like(ids)
     chosen = case.prompts[1].clone().requires_grad_()
     base = case.again().train()
-    loss = _loss(case.expected_logits(ids, 1, base=base, chosen=chosen), ids)
+    loss = _loss(case.concatenated(ids, 1, base=base, chosen=chosen).logits, ids)
     (expected,) = torch.autograd.grad(loss, chosen)
     bank, model = bank_of(case.model), case.model
     untouched = {name: tensor.clone() for name, tensor in base.state_dict().items()}

@@ -69,7 +69,6 @@ EXCEPTIONS: dict[str, dict] = {
             "Qwen2VLTextConfig",
             "Qwen2_5OmniTextConfig",
             "Qwen2_5_VLTextConfig",
-            "Qwen3OmniMoeTextConfig",
             "Qwen3VLMoeTextConfig",
             "Qwen3VLTextConfig",
         ],
@@ -156,6 +155,7 @@ EXCEPTIONS: dict[str, dict] = {
     "OmniASRAudioConfig": {"conv_dim": (16, 16, 16, 16, 16, 16, 16)},
     "Qwen2_5OmniThinkerConfig": {"vision_start_token_id": 8, "vision_end_token_id": 9},
     "Qwen3OmniMoeThinkerConfig": {"vision_start_token_id": 8, "vision_end_token_id": 9},
+    "Qwen3OmniMoeTextConfig": {**_THREE_AXES, "sliding_window": None},
     "Qwen4ExpTextConfig": {
         "indexer_n_heads": 4,
         "indexer_kv_heads": 1,
