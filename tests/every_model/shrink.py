@@ -186,6 +186,9 @@ def tiny_arguments(config_class: type) -> dict:
     arguments = {
         name: SMALL[name] for name in names if name in SMALL and not isinstance(usual.get(name), (list, tuple, dict))
     }
+    special = [name for name in names if name.endswith(("_token_id", "_token_index")) and name not in SMALL]
+    outside = [name for name in special if isinstance(usual.get(name), int) and usual[name] >= VOCAB]
+    arguments |= {name: 2 + number for number, name in enumerate(outside)}  # below those of a text, see `check.LOW`
     if "vocab_size" in names:  # configs of transformers 5.0 may lack one, and models read it
         arguments |= {name: SMALL[name] for name in ("pad_token_id", "bos_token_id") if name not in arguments}
     if "kv_lora_rank" in names:  # latent attention: every head has its own keys
