@@ -171,9 +171,10 @@ def position_limit(decoder: nn.Module) -> int | None:
     return None
 
 
-def has_learned_positions(decoder: nn.Module) -> bool:
-    """Whether positions are looked up in a learned table, so that where a text starts changes what it means."""
-    return any(isinstance(getattr(decoder, name, None), nn.Embedding) for name in _POSITION_TABLES)
+def adds_positions(decoder: nn.Module) -> bool:
+    """Whether positions are added to the embeddings, learned (GPT-2) or computed (XGLM), so that where a text starts changes
+    what it means."""
+    return any(isinstance(getattr(decoder, name, None), nn.Module) for name in _POSITION_TABLES)
 
 
 def embedding_dtype(embeddings: nn.Module, decoder: nn.Module) -> torch.dtype:

@@ -206,6 +206,26 @@ def the_choice_is_the_definition(case: Case) -> None:
     _close(case.model.last_selection.scores[0], scores, "scores")
 
 
+def a_deeper_layer_reads_a_padded_row_as_that_row_alone(case: Case) -> None:
+    """The last layer's scores, below which all prompts stand in front at once; a layer that cannot be asked says so."""
+    config = {"num_prompts": 2, "num_virtual_tokens": list(case.lengths), "selection_layer": -1}
+    try:
+        model = get_peft_model(case.again(), IDPConfig(task_type="CAUSAL_LM", **config)).eval()
+    except ValueError as error:
+        if "`selection_layer` must be 0 on" not in str(error):
+            raise
+        return
+    with torch.no_grad():
+        bank_of(model).weight.copy_(bank_of(case.model).weight)
+        for side in ("left", "right"):
+            ids, mask = case.batch(side)
+            model(input_ids=ids, attention_mask=mask)
+            scores = model.last_selection.scores
+            for row in range(len(ROWS)):
+                model(input_ids=case.alone(row))
+                _close(scores[row], model.last_selection.scores[0], f"scores of row {row}, padded {side}")
+
+
 def training_is_concatenation(case: Case) -> None:
     ids = case.alone(1)
     call = {"input_ids": ids, "labels": ids, "prompt_ids": torch.tensor([1])}
@@ -273,6 +293,7 @@ CHECKS: list[Callable[[Case], None]] = [
     generation_is_concatenation,
     generation_of_a_padded_row_is_that_of_the_row_alone,
     the_choice_is_the_definition,
+    a_deeper_layer_reads_a_padded_row_as_that_row_alone,
     training_is_concatenation,
     without_the_adapter_it_is_the_base,
     an_adapter_that_is_loaded_is_the_one_that_was_saved,

@@ -25,7 +25,8 @@ hold, with text alone:
 * A row of a batch that is padded on the left or on the right gets the scores and the logits that it gets alone.
 * `generate` gives what a slow loop over the concatenation gives, with and without a cache; a padded row, greedy or with
   beams, gets what it gets alone.
-* The choice is the one that the base's own eager attention weights make, where it reports them.
+* The choice is the one that the base's own eager attention weights make, where it reports them; the last layer's scores of
+  a padded row are those of the row alone, or that layer is refused as `selection_layer`.
 * The prompt's gradient is the concatenation's to 1e-4, with and without gradient checkpointing; a step lowers the loss; the
   base's weights stay bit-identical.
 * `disable_adapter()` is the base exactly, and an adapter that was saved and loaded gives the same logits.
