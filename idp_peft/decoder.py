@@ -31,7 +31,7 @@ def find_decoder(model: nn.Module) -> nn.Module:
     found, passed = model, []
     while not any(found is module for module in passed):
         passed.append(found)
-        inner = (found.get_decoder(), found.base_model, getattr(found, "model", None))
+        inner = (found.get_decoder(), getattr(found, "base_model", None), getattr(found, "model", None))
         found = next((m for m in inner if isinstance(m, PreTrainedModel) and m is not found), found)
     return found
 
