@@ -27,7 +27,7 @@ STUDY := benchmarks/study/configs/smollm2-135m.yaml
 TRAINED := runs/study/smollm2-135m/gptq-3bit
 MEASURED ?= runs/measured
 
-.PHONY: demo study test test-oldest test-compression test-serving test-distributed test-peft test-peft-oldest lint
+.PHONY: demo study test test-oldest test-models test-models-oldest test-compression test-serving test-distributed test-peft test-peft-oldest lint
 
 # The two MALLOC settings spare page faults while training.
 demo: $(COMPRESSION_ENV)
@@ -64,6 +64,13 @@ test: $(TEST_ENV)
 # The oldest versions that pyproject.toml admits.
 test-oldest: $(VENV)-oldest/.test-ready
 	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadgroup
+
+# Every model class of transformers, as docs/models.md says: some minutes on two cores.
+test-models: $(TEST_ENV)
+	$(PY) -m pytest -n 2 tests/slow/test_every_model.py
+
+test-models-oldest: $(VENV)-oldest/.test-ready
+	$(VENV)-oldest/bin/python -m pytest -n 2 tests/slow/test_every_model.py
 
 # GPTQ and SparseGPT: llm-compressor wants a range of transformers versions of its own.
 test-compression: $(COMPRESSION_ENV)

@@ -4,76 +4,36 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
+from itertools import chain
+from types import CodeType
 
 import torch
 from torch import nn
-from transformers import DynamicCache, cache_utils
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PreTrainedModel
 
 from idp_peft.sharding import gathers, whole_shape
 
-_ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
+ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _POSITION_TABLES = ("wpe", "embed_positions")
 _CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument, and takes the old name too
-_PLAIN_CACHES = (DynamicLayer, DynamicSlidingWindowLayer)
-_NO_CACHE = getattr(cache_utils, "DummyLayer", DynamicLayer)  # of a layer that reads the keys and values of another
-_BIDIRECTIONAL = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "megatron-bert")
 
 
 def find_decoder(model: nn.Module) -> nn.Module:
-    """The decoder of a causal language model: what turns embeddings into the hidden states its head reads.
+    """The innermost decoder of a model, which turns embeddings into the hidden states that its head reads: where
+    `get_decoder()` leads, and on from classes with a head of their own on the way (Llama 4, BLIP-2) or where it does not
+    lead to one (ModernBERT's decoder). The model itself where there is none inside.
 
     Raises:
-        `ValueError`: for a model that is no decoder-only causal language model, has no attention, or is only the
-            decoder without its head.
+        `ValueError`: for what is no transformers model.
     """
-    name = type(model).__name__
-    config = getattr(model, "config", None)
-    if config is None or not callable(getattr(model, "get_decoder", None)):
-        raise ValueError(f"IDP needs a transformers model with `get_decoder()`, got {name}")
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"IDP needs a decoder-only model: {name} is an encoder-decoder")
-    decoder = model.get_decoder()
-    classifies = model.get_output_embeddings() is None and not model.can_generate()
-    if classifies or decoder is model or decoder is None or getattr(decoder, "config", None) is None:
-        raise ValueError(f"IDP needs a causal language model with its head (AutoModelForCausalLM), got {name}")
-    if decoder.config.model_type in _BIDIRECTIONAL and not decoder.config.is_decoder:
-        raise ValueError(f"IDP needs causal attention: {name} attends in both directions (`is_decoder=False`)")
-    blocks = find_blocks(decoder)
-    without = None if blocks is None else next((i for i, b in enumerate(blocks[1]) if find_attention(b) is None), None)
-    if blocks is None or without is not None:
-        where = "" if without is None else f" in layer {without}"
-        raise ValueError(f"IDP needs attention in every layer of the decoder: found none{where} of {name}")
-    if not all(getattr(getattr(block, find_attention(block)), "is_causal", True) for block in blocks[1]):
-        raise ValueError(
-            f"IDP needs causal attention: {name} attends in both directions over its input, so the keys and values of a "
-            "prompt would depend on the input behind it"
-        )
-    _refuse_unknown_caches(decoder, name)
-    return decoder
-
-
-def _refuse_unknown_caches(decoder: nn.Module, name: str) -> None:
-    """Raise where a layer keeps more than keys and values per token, or the decoder cannot be told positions."""
-    parameters = forward_parameters(type(decoder))
-    if cache_name(type(decoder)) is None:
-        raise ValueError(
-            f"IDP needs a decoder that takes a cache of keys and values, which {type(decoder).__name__} does not"
-        )
-    if position_limit(decoder) is not None and "position_ids" not in parameters:
-        raise ValueError(
-            f"IDP needs a decoder that takes `position_ids`, which {type(decoder).__name__} does not: its padded batches "
-            "could not be right"
-        )
-    for layer, cache_layer in enumerate(DynamicCache(config=decoder.config).layers):
-        if type(cache_layer) not in (*_PLAIN_CACHES, _NO_CACHE):
-            raise ValueError(
-                f"IDP needs plain or sliding attention in every layer of the decoder: layer {layer} of {name} keeps a "
-                f"{type(cache_layer).__name__}"
-            )
-    for block in find_blocks(decoder)[1]:
-        if not hasattr(getattr(block, find_attention(block)), "layer_idx"):
-            raise ValueError(f"IDP needs attention modules that know their `layer_idx`, which those of {name} do not")
+    if getattr(model, "config", None) is None or not callable(getattr(model, "get_decoder", None)):
+        raise ValueError(f"IDP needs a transformers model with `get_decoder()`, got {type(model).__name__}")
+    found, passed = model, []
+    while not any(found is module for module in passed):
+        passed.append(found)
+        inner = (found.get_decoder(), getattr(found, "base_model", None), getattr(found, "model", None))
+        found = next((m for m in inner if isinstance(m, PreTrainedModel) and m is not found), found)
+    return found
 
 
 def find_blocks(decoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
@@ -87,7 +47,7 @@ def find_blocks(decoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
 
 def find_attention(block: nn.Module) -> str | None:
     """Name of a layer's self-attention module."""
-    return next((name for name in _ATTENTION_NAMES if isinstance(getattr(block, name, None), nn.Module)), None)
+    return next((name for name in ATTENTION_NAMES if isinstance(getattr(block, name, None), nn.Module)), None)
 
 
 def gathers_layers(decoder: nn.Module) -> bool:
@@ -126,9 +86,20 @@ def replace_cache(output, cache) -> None:
 
 
 @cache
+def names_in_forward(module_class: type[nn.Module]) -> list[str]:
+    """Every name that a module class's forward looks up."""
+
+    def names(code) -> list[str]:
+        inner = (names(part) for part in code.co_consts if isinstance(part, CodeType))
+        return [*code.co_names, *chain.from_iterable(inner)]
+
+    return names(inspect.unwrap(module_class.forward).__code__)
+
+
+@cache
 def uses_interface(attention_class: type[nn.Module]) -> bool:
     """Whether an attention class gets its attention function from transformers' `AttentionInterface`."""
-    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(attention_class.forward).__code__.co_names
+    return "ALL_ATTENTION_FUNCTIONS" in names_in_forward(attention_class)
 
 
 def has_alibi(decoder: nn.Module) -> bool:
@@ -145,7 +116,8 @@ def check_selection_layer(decoder: nn.Module, layer: int, reads_attention: bool 
         reads_attention (`bool`): whether the choice reads that layer's attention at all.
 
     Raises:
-        `ValueError`: outside the decoder, or above the first layer of a model with ALiBi.
+        `ValueError`: outside the decoder, or above the first layer of a model whose attention cannot be shown several
+            prompts at the same distance.
     """
     layers = len(find_blocks(decoder)[1])
     if not -layers <= layer < layers:
@@ -155,22 +127,11 @@ def check_selection_layer(decoder: nn.Module, layer: int, reads_attention: bool 
             f"`selection_layer` must be 0 on {decoder.config.model_type!r}, a model with ALiBi, got {layer}: its deeper "
             "layers cannot be shown all prompts at their own distances"
         )
-
-
-def distances_from_slots(decoder: nn.Module, slots: int | None) -> bool:
-    """Whether the decoder measures some distance in cache slots, padding included: an ALiBi bias built from the length
-    (MPT), or a sliding window that `slots` slots fill.
-
-    Args:
-        slots (`int`, *optional*): how many slots will be used at most; `None` where the sequence may go on.
-    """
-    config = decoder.config
-    if config.model_type == "mpt":
-        return True
-    window = getattr(config, "sliding_window", None)
-    if window is None or not getattr(config, "use_sliding_window", True):
-        return False
-    return slots is None or slots >= window
+    if reads_attention and layer % layers and decoder.config.model_type == "gpt_neo":
+        raise ValueError(
+            f"`selection_layer` must be 0 on 'gpt_neo', got {layer}: the windows of its deeper layers count cache slots, in "
+            "which prompts stand one after the other"
+        )
 
 
 def needs_full_mask(decoder: nn.Module) -> bool:
@@ -234,9 +195,10 @@ def position_limit(decoder: nn.Module) -> int | None:
     return None
 
 
-def has_learned_positions(decoder: nn.Module) -> bool:
-    """Whether positions are looked up in a learned table, so that where a text starts changes what it means."""
-    return any(isinstance(getattr(decoder, name, None), nn.Embedding) for name in _POSITION_TABLES)
+def adds_positions(decoder: nn.Module) -> bool:
+    """Whether positions are added to the embeddings, learned (GPT-2) or computed (XGLM), so that where a text starts changes
+    what it means."""
+    return any(isinstance(getattr(decoder, name, None), nn.Module) for name in _POSITION_TABLES)
 
 
 def embedding_dtype(embeddings: nn.Module, decoder: nn.Module) -> torch.dtype:

@@ -15,7 +15,6 @@ from idp_peft.concatenation import Concatenation, keep_last
 from idp_peft.decoder import (
     by_name,
     cache_name,
-    distances_from_slots,
     find_blocks,
     forward_parameters,
     gathers_layers,
@@ -40,6 +39,7 @@ from idp_peft.input_checks import (
     refuse_lost_cache,
     refuse_packed,
     refuse_right_padding_by_hosts_generate,
+    refuse_scaled_padding,
     refuse_shared_keys_without_cache,
     refuse_without_own_generate,
 )
@@ -48,6 +48,7 @@ from idp_peft.per_layer_inputs import NAME, has_per_layer_inputs, of_input, of_p
 from idp_peft.prompt_cache import check_finite
 from idp_peft.prompt_ids import CHOOSES, check_prompt_ids
 from idp_peft.prompted_cache import PromptPart, adopt, decoder_view, is_prompted, stores_exactly
+from idp_peft.reach import distances_from_slots
 from idp_peft.selection import Selection
 from idp_peft.sharding import unwrapped
 
@@ -160,6 +161,7 @@ class DecoderCall:
         if tokens > 1:  # further steps bring one token each, which is real
             refuse_right_padding_by_hosts_generate(self.layer, mask)
         check_room(decoder, past + tokens, part.positions, mask)
+        refuse_scaled_padding(decoder, past + tokens + part.positions, mask)
         if kwargs.get("position_ids") is not None:
             positions = kwargs["position_ids"]
         elif mask is not None:
@@ -297,6 +299,7 @@ class DecoderCall:
         if returns_cache:  # the sequence goes on: as far as `generate` says, or who knows how far
             slots = call.total if call is not None and call.generating else None
         slots = None if slots is None else slots + self.layer.active_bank.max_length
+        refuse_scaled_padding(decoder, tokens + self.layer.active_bank.max_length if slots is None else slots, mask)
         return distances_from_slots(decoder, slots) and not bool(mask[:, 0].all())
 
     def _part(self, prompt_ids: torch.Tensor) -> PromptPart:
@@ -366,6 +369,7 @@ def _arrange_others(decoder: nn.Module, kwargs: dict, joined: Concatenation, pro
 def _enter(decoder: nn.Module, kwargs: dict, frame: _Frame) -> None:
     if frame.view is not None:
         kwargs[cache_name(type(decoder))] = frame.view
+        kwargs["use_cache"] = True  # some decoders (Whisper) drop a cache that they are given without it
     _frames.set(frame)
 
 

@@ -18,6 +18,7 @@ from idp_peft.decoder import (
 )
 from idp_peft.host_loop import frames_of_generate, packs_rows
 from idp_peft.prompted_cache import is_prompted
+from idp_peft.reach import first_scaled_slot
 
 _CONTINUOUS = "transformers.generation.continuous_batching"
 _NO_CONTINUOUS = (
@@ -177,6 +178,13 @@ def check_room(decoder: nn.Module, tokens: int, positions: int, real: torch.Tens
         positions (`int`): K.
         real (`torch.Tensor`, *optional*): bool `[batch, n]`, the attention mask; padding takes no position.
     """
+    keys = getattr(decoder.config, "keep_window_size", None)
+    if keys is not None and tokens + positions > keys:
+        raise ValueError(
+            f"{tokens} input tokens and {positions} prompt positions are more than the {keys} keys that the model attends to "
+            "at once (`keep_window_size`), and which of them it drops depends on later tokens: shorten the input to "
+            f"{max(keys - positions, 0)} tokens"
+        )
     limit = position_limit(decoder)
     if limit is None or tokens + positions <= limit:
         return
@@ -185,6 +193,21 @@ def check_room(decoder: nn.Module, tokens: int, positions: int, real: torch.Tens
         raise ValueError(
             f"{tokens} input tokens and {positions} prompt positions need {tokens + positions} positions, but the model "
             f"has {limit}: shorten the input to {max(limit - positions, 0)} tokens"
+        )
+
+
+def refuse_scaled_padding(decoder: nn.Module, slots: int, mask: torch.Tensor | None) -> None:
+    """Raise where left padding would be counted as text by a decoder that scales its attention by the slot of a token.
+
+    Args:
+        slots (`int`): how many slots will be used at most, the prompt's among them.
+        mask (`torch.Tensor`, *optional*): `[batch, slots so far]`, the caller's.
+    """
+    first = first_scaled_slot(decoder)
+    if first is not None and slots > first and mask is not None and not bool(mask[:, 0].all()):
+        raise ValueError(
+            f"IDP cannot run left-padded rows of {slots} positions on {type(decoder).__name__}: from {first} on it scales "
+            "attention by a token's place in the cache, padding included: run each row alone"
         )
 
 

@@ -17,6 +17,7 @@ from idp_peft.generation import generate
 from idp_peft.layer import IDPLayer
 from idp_peft.peft_model import adopt
 from idp_peft.prompt_bank import text_token_ids
+from idp_peft.promptable import check_promptable
 from idp_peft.selection import Selection
 
 _CHILD = "idp"
@@ -54,6 +55,7 @@ class IDPModel(BaseTuner):
     # ------------------------------------------------------------------ injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs) -> None:
+        check_promptable(model)  # before PEFT looks at the model, and raises for what it finds
         # Nothing to learn from a state dict: there is one place for the prompts.
         kwargs["state_dict"] = None
         try:
@@ -63,7 +65,7 @@ class IDPModel(BaseTuner):
             raise
 
     def _prepare_adapter_config(self, peft_config: IDPConfig, model_config: dict) -> IDPConfig:
-        """Everything that can be refused is refused here, before the model is touched."""
+        """What the adapter asks of this model is refused here, before the model is touched."""
         decoder = find_decoder(self.model)
         reads_attention = peft_config.chooses and peft_config.selection == "attention"
         check_selection_layer(decoder, peft_config.selection_layer, reads_attention)
@@ -78,7 +80,7 @@ class IDPModel(BaseTuner):
             self.layer.cast_bank(adapter_name)
 
     def _check_target_module_exists(self, peft_config: IDPConfig, key: str) -> bool:
-        return self.model.get_submodule(key) is self.model.get_decoder()
+        return self.model.get_submodule(key) is find_decoder(self.model)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -130,7 +132,7 @@ class IDPModel(BaseTuner):
     @property
     def layer(self) -> IDPLayer:
         """The child module that owns the banks."""
-        return getattr(self.model.get_decoder(), _CHILD)
+        return getattr(find_decoder(self.model), _CHILD)
 
     @property
     def last_selection(self) -> Selection | None:

@@ -29,6 +29,7 @@ from idp_peft.decoder import (
     uses_interface,
 )
 from idp_peft.prompt_cache import PromptCache
+from idp_peft.reach import EVERYTHING, Reach, masks_by_reach, reaches
 from idp_peft.ready_masks import masks_for_decoder
 from idp_peft.selection import AttentionLayer, BlockMask, attention_on_prompts, sum_by_prompt
 from idp_peft.sharding import gather_around, plain_class, unwrapped
@@ -47,6 +48,7 @@ _HOOK_TABLES = (
 class _Probe:
     layer: int
     mask: BlockMask
+    reaches: list[Reach]
 
 
 class _Reached(Exception):
@@ -137,7 +139,8 @@ def _run(decoder, layer, mask, inputs, cache: DynamicCache, position_ids, implem
     )
     if "position_ids" not in forward_parameters(type(decoder)):
         del call["position_ids"]
-    token = _current.set(_Probe(layer, mask))
+    seen = reaches(decoder) if masks_by_reach(decoder) else [EVERYTHING] * (layer + 1)
+    token = _current.set(_Probe(layer, mask, seen))
     try:
         type(decoder).forward(probe, **call)
     except _Reached as reached:
@@ -167,7 +170,9 @@ def _copy_decoder(decoder: nn.Module, layer: int, implementation: str) -> nn.Mod
         if isinstance(child, nn.Embedding):  # its hooks stay: they may fetch its weights; noise is for training
             probe._modules[key] = _shallow_copy(child)
             probe._modules[key].training = False
-    probe._modules[name] = nn.ModuleList([_copy_block(block, config) for block in blocks[: layer + 1]])
+    probe._modules[name] = nn.ModuleList(
+        _copy_block(block, config, number) for number, block in enumerate(blocks[: layer + 1])
+    )
     return probe
 
 
@@ -194,14 +199,14 @@ def _at_original_frequencies(rotary: nn.Module) -> nn.Module:
     return copied
 
 
-def _copy_block(owner: nn.Module, config) -> nn.Module:
+def _copy_block(owner: nn.Module, config, layer: int) -> nn.Module:
     block = unwrapped(owner)
     name = find_attention(block)
     attention = _bare_copy(getattr(block, name))
     gather_around(attention, getattr(block, name))
     attention.config = config
     if not uses_interface(type(attention)):
-        attention.forward = _EagerProbe(attention)
+        attention.forward = _EagerProbe(attention, layer)
     copied = _bare_copy(block)
     copied._modules[name] = attention
     gather_around(copied, owner)
@@ -211,14 +216,17 @@ def _copy_block(owner: nn.Module, config) -> nn.Module:
 class _EagerProbe:
     """Calls an attention module that does not use the interface, and leaves with its weights at the selection layer."""
 
-    def __init__(self, attention: nn.Module) -> None:
-        self.attention = attention
+    def __init__(self, attention: nn.Module, layer: int) -> None:
+        self.attention, self.layer = attention, layer
+        # Classes for other implementations (`NemotronSdpaAttention`) are made of the eager one, which reports its weights.
+        made_of = [kind for kind in type(attention).__mro__ if issubclass(kind, nn.Module) and "forward" in vars(kind)]
+        self.eager = made_of[made_of.index(nn.Module) - 1]
 
     def __call__(self, *args, **kwargs):
-        if "output_attentions" in forward_parameters(type(self.attention)):
+        if "output_attentions" in forward_parameters(self.eager):
             kwargs["output_attentions"] = True
-        outputs = type(self.attention).forward(self.attention, *args, **kwargs)
-        if self.attention.layer_idx == _current.get().layer:
+        outputs = self.eager.forward(self.attention, *args, **kwargs)
+        if self.layer == _current.get().layer:
             weights = next((output for output in outputs[1:] if getattr(output, "ndim", 0) == 4), None)
             if weights is None:
                 raise ValueError(
@@ -267,17 +275,18 @@ def _probe_attention(
     `[batch, kv_heads, S+n, head_dim]`; returns `[batch, n, heads, head_dim]`.
     """
     probe = _current.get()
+    biased = isinstance(attention_mask, torch.Tensor) and attention_mask.is_floating_point()  # made by the layer itself
     layer = AttentionLayer(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
-        window=sliding_window,
+        reach=probe.reaches[module.layer_idx] if sliding_window is None else Reach(window=sliding_window),
         sinks=s_aux,
+        bias=attention_mask if biased else None,
     )
-    given = attention_mask if attention_mask is not None and attention_mask.ndim == 4 else None
+    given = attention_mask if not biased and attention_mask is not None and attention_mask.ndim == 4 else None
     if module.layer_idx == probe.layer:
         raise _Reached(attention_on_prompts(query, key, layer, probe.mask, given))
-    visible = probe.mask.visible(0, query.shape[2], sliding_window, given)
-    weights = layer.probabilities(query, key, visible).to(value.dtype)
+    weights = layer.probabilities(query, key, 0, probe.mask, given).to(value.dtype)
     groups = query.shape[1] // value.shape[1]
     output = weights @ value.repeat_interleave(groups, dim=1)
     return output.transpose(1, 2).contiguous(), None

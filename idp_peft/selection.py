@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from idp_peft.reach import EVERYTHING, Reach
+
 # Attention logits of this many elements are held at once (64 MiB in float32).
 _CHUNK_ELEMENTS = 2**24
 
@@ -71,24 +73,24 @@ class BlockMask:
         ranks = self.attention_mask.long().cumsum(-1) - 1
         return ranks.clamp(min=0) + max(self.lengths)
 
-    def visible(self, start: int, stop: int, window: int | None, given: torch.Tensor | None = None) -> torch.Tensor:
+    def visible(self, start: int, stop: int, reach: Reach, given: torch.Tensor | None = None) -> torch.Tensor:
         """bool `[batch, 1, stop-start, S+n]`: keys that the queries `start..stop-1` may attend to.
 
         Args:
-            window (`int`, *optional*): sliding window of the layer, in positions.
+            reach (`Reach`): how far back the layer attends.
             given (`torch.Tensor`, *optional*): bool `[batch, 1, n, n]`, what the input's tokens see of each other; by
-                default those before them, as far as the window reaches.
+                default those before them, as far as the layer reaches.
         """
         batch, tokens = self.attention_mask.shape
         device = self.attention_mask.device
         query_index = torch.arange(start, stop, device=device)  # [q]
         own = (torch.arange(tokens, device=device) <= query_index[:, None]) & self.attention_mask[:, None]  # [B, q, n]
         prompts = own.new_ones(batch, stop - start, self.prompt_tokens)  # [B, q, S]
-        if window is not None:
+        if reach.size is not None:
             positions = self.input_positions()
             queries = positions[:, start:stop, None]  # [B, q, 1]
-            own = own & (queries - positions[:, None] < window)
-            prompts = queries - self.prompt_positions() < window
+            own = own & reach.covers(queries, positions[:, None])
+            prompts = reach.covers(queries, self.prompt_positions())
         if given is not None:
             own = given[:, 0, start:stop] & self.attention_mask[:, None]
         return torch.cat([prompts, own], dim=-1)[:, None]
@@ -97,22 +99,29 @@ class BlockMask:
 @dataclass(frozen=True)
 class AttentionLayer:
     """The numbers of one attention layer that its logits depend on, as transformers passes them to an attention
-    function: `scaling`, `softcap` (Gemma 2), `window` (sliding), `sinks` (one logit per head, GPT-OSS)."""
+    function: `scaling`, `softcap` (Gemma 2), `reach` (sliding windows, chunks), `sinks` (one logit per head, GPT-OSS),
+    `bias` (`[batch, heads or 1, n, S+n]`, what the layer itself adds to the logits, Doge)."""
 
     scaling: float
     softcap: float | None = None
-    window: int | None = None
+    reach: Reach = EVERYTHING
     sinks: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
-    def probabilities(self, query: torch.Tensor, key: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    def probabilities(
+        self, query: torch.Tensor, key: torch.Tensor, start: int, mask: BlockMask, given: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Attention of some queries over all keys, float32 `[batch, heads, q, S+n]`.
 
         Args:
             query (`torch.Tensor`): `[batch, heads, q, head_dim]`.
             key (`torch.Tensor`): `[batch, kv_heads, S+n, head_dim]`.
-            visible (`torch.Tensor`): bool `[batch, 1, q, S+n]`.
+            start (`int`): which of the input's tokens the first query is.
+            mask (`BlockMask`): who sees whom.
+            given (`torch.Tensor`, *optional*): as in [`BlockMask.visible`].
         """
         batch, heads, queries, width = query.shape
+        visible = mask.visible(start, start + queries, self.reach, given)  # [B, 1, q, S+n]
         kv_heads = key.shape[1]
         if query.dtype == torch.float16:  # a product of queries and keys can pass 65,504
             query, key = query.float(), key.float()
@@ -121,6 +130,8 @@ class AttentionLayer:
         logits = (grouped @ key.transpose(-1, -2)).view(batch, heads, queries, -1).float()
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
+        if self.bias is not None:
+            logits += self.bias[:, :, start : start + queries]
         logits.masked_fill_(~visible, torch.finfo(logits.dtype).min)
         if self.sinks is None:
             return logits.softmax(-1)
@@ -148,7 +159,7 @@ def attention_on_prompts(
     shares = []
     for start in range(0, tokens, chunk):
         stop = min(start + chunk, tokens)
-        weights = layer.probabilities(query[:, :, start:stop], key, mask.visible(start, stop, layer.window, given))
+        weights = layer.probabilities(query[:, :, start:stop], key, start, mask, given)
         shares.append(sum_by_prompt(weights.mean(1), mask))
     return torch.cat(shares, dim=1)
 

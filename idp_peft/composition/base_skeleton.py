@@ -14,8 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from idp_peft.auto_class import built_from
 from idp_peft.composition.prompt_sources import PromptSource
-from idp_peft.decoder import embedding_width, find_decoder, has_changing_rotary, has_learned_positions
+from idp_peft.decoder import adds_positions, embedding_width, find_decoder, has_changing_rotary
 from idp_peft.error_reason import reason
+from idp_peft.promptable import check_promptable
 
 
 class BaseNotFound(ValueError):
@@ -44,7 +45,7 @@ def skeleton(base_model: str | os.PathLike | nn.Module) -> PreTrainedModel:
         with torch.device("meta"):
             model = built_from(config)
     model.name_or_path = name
-    find_decoder(model)
+    check_promptable(model)
     return model
 
 
@@ -82,10 +83,10 @@ def shared_base(sources: list[PromptSource], base_model=None) -> PreTrainedModel
 
 
 def position_counts_bank(model: PreTrainedModel) -> bool:
-    """Whether the longest prompt of a bank matters to all inputs behind it: where positions are learned, every input
+    """Whether the longest prompt of a bank matters to all inputs behind it: where positions are added, every input
     starts at position K, and rotary frequencies that follow the length follow K."""
     decoder = find_decoder(model)
-    return has_learned_positions(decoder) or has_changing_rotary(decoder)
+    return adds_positions(decoder) or has_changing_rotary(decoder)
 
 
 def _config(name: str) -> tuple[PreTrainedConfig, str]:

@@ -159,7 +159,7 @@ def _layer(source: PromptSource, name: str, load_model_kwargs: dict) -> IDPLayer
         kept = len(find_blocks(decoder)[1])  # one table of embeddings is for all layers together
     with _without_report():
         model = load_model(name, headless=True, config=_first_layers(bones.config, kept), **load_model_kwargs)
-    decoder, embeddings = model.get_decoder(), model.get_input_embeddings()
+    decoder, embeddings = find_decoder(model), model.get_input_embeddings()
     if source.width != embedding_width(embeddings):
         raise ValueError(
             f"the prompts of {source.label} have width {source.width}, the embeddings of the base model {name!r} "
