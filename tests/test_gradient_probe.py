@@ -198,7 +198,8 @@ def test_int8_with_dynamic_activations_is_for_inference_only():
     model = tiny("llama")
     quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
     probe = probe_gradients(model)
-    assert str(probe).startswith("inference only, because 22 of 22 linear layers (Int8Tensor) cut the gradient")
+    kind = type(model.lm_head.weight).__name__  # torchao 0.18 has renamed it
+    assert str(probe).startswith(f"inference only, because 22 of 22 linear layers ({kind}) cut the gradient")
 
 
 @pytest.mark.parametrize("bits", ["int3", "int4"])
