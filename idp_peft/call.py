@@ -32,6 +32,8 @@ class Call:
         ready (`ReadyMasks`, *optional*): masks that the model built for its decoder, where they say more than `given`.
         seen (`bool`): whether the decoder was reached once, so that the call's arguments are checked already.
         chosen (`Selection`, *optional*): the choice, once made.
+        adapter (`str`, *optional*): the adapter that was active when the call began. It is the call's until its end, whatever
+            other threads set meanwhile.
     """
 
     owner: object
@@ -48,6 +50,10 @@ class Call:
     seen: bool = False
     chosen: Selection | None = None
     token: Token | None = field(default=None, repr=False)
+    adapter: str | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.adapter = self.owner.active_name
 
 
 _call: ContextVar[Call | None] = ContextVar("idp_call", default=None)

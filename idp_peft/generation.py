@@ -38,33 +38,31 @@ def generate(layer, args: tuple, kwargs: dict, prompt_ids, selection_mask: torch
         return layer.model.generate(*args, **kwargs)
     if config is not None:
         args, kwargs = args[:1], {**kwargs, "generation_config": config}
-    some_choose = prompt_ids is None
-    if prompt_ids is not None:
+    batch, tokens = source.shape[:2]
+    with running(Call(layer, prompt_ids, selection_mask, generating=True, batch=batch, tokens=tokens)) as call:
+        return layer.model.generate(*args, **_prepared(call, source, kwargs))
+
+
+def _prepared(call: Call, source: torch.Tensor, kwargs: dict) -> dict:
+    """The arguments for the base's `generate`: with room for the prompt, the choice made where the base would not see it all."""
+    layer, some_choose = call.owner, call.prompt_ids is None
+    if call.prompt_ids is not None:
         names = layer.active_config.prompt_names
-        forced = check_prompt_ids(prompt_ids, len(source), layer.active_bank.num_prompts, names)
+        forced = check_prompt_ids(call.prompt_ids, len(source), layer.active_bank.num_prompts, names)
         some_choose = bool((forced == CHOOSES).any())
     if (cache := given_cache(kwargs)) is not None:
         kwargs = with_cache(kwargs, cache, cache_name(type(layer.decoder)))
     settings = _Settings(kwargs.get("generation_config") or layer.model.generation_config, kwargs)
     refuse_right_padding(_mask(layer.model, source, settings))
     kwargs = _make_room(layer, source, settings, cache, kwargs)
-    kept = cache is not None or settings.get("return_dict_in_generate")
-    call = Call(
-        layer,
-        prompt_ids,
-        selection_mask,
-        generating=True,
-        batch=len(source),
-        tokens=source.shape[1],
-        total=None if kept else settings.total_tokens(source.shape[1]),
-    )
-    if prompt_ids is None and is_prompted(cache) and cache.idp_part is not None:
+    goes_on = cache is not None or settings.get("return_dict_in_generate")
+    call.total = None if goes_on else settings.total_tokens(source.shape[1])
+    if call.prompt_ids is None and is_prompted(cache) and cache.idp_part is not None:
         call.chosen = _kept(layer, cache.idp_part, len(source))
-    with running(call):
-        chooses = some_choose and layer.active_config.chooses and call.chosen is None
-        if chooses and settings.get("prefill_chunk_size") is not None:
-            kwargs = _choose_before_chunks(call, source, kwargs, settings)
-        return layer.model.generate(*args, **kwargs)
+    chooses = some_choose and layer.active_config.chooses and call.chosen is None
+    if chooses and settings.get("prefill_chunk_size") is not None:
+        kwargs = _choose_before_chunks(call, source, kwargs, settings)
+    return kwargs
 
 
 def _kept(layer, part: PromptPart, rows: int) -> Selection | None:

@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from idp_peft.call import internal_run
+from idp_peft.call import current_call, internal_run
 from idp_peft.config import IDPConfig
 from idp_peft.decoder import embedding_dtype, embedding_width, find_blocks, keeps_rotary
 from idp_peft.decoder_call import DecoderCall
@@ -127,9 +127,13 @@ class IDPLayer(nn.Module, BaseTunerLayer):
 
     @property
     def active_name(self) -> str | None:
-        """Name of the adapter in force, `None` while adapters are disabled or there is none."""
+        """Name of the adapter in force: the one that the running call began with, else the one that is set; `None` while
+        adapters are disabled or there is none."""
         if self.disable_adapters:
             return None
+        call = current_call(self)
+        if call is not None and call.adapter in self.idp_prompts:
+            return call.adapter
         return next((name for name in self.active_adapters if name in self.idp_prompts), None)
 
     def detach(self) -> None:
