@@ -21,6 +21,7 @@ from idp_peft.decoder import (
     given_cache,
     has_alibi,
     has_changing_rotary,
+    keeps_rotary,
     needs_full_mask,
     reads_again,
     replace_cache,
@@ -269,7 +270,8 @@ class DecoderCall:
             frame.keep = tokens
         else:
             if part.positions:
-                length = rotary_length(decoder, int(positions.max()) + 1) if has_changing_rotary(decoder) else None
+                total = int(positions.max()) + 1 if has_changing_rotary(decoder) else 0
+                length = total if keeps_rotary(decoder) else rotary_length(decoder, total)
                 self._put_prompts(part.prompt_ids.clamp(min=0), frame.view, length)
             kwargs["attention_mask"] = _mask_with_prompt(decoder, cache, part, mask, len(real), tokens)
             _set_positions(decoder, kwargs, positions)

@@ -104,11 +104,12 @@ def test_frequencies_that_follow_the_length_are_those_of_the_concatenation(make,
             model = make(name, num_virtual_tokens=bank)
             model.train()
             assert (model(**call).logits - expected).abs().max() <= TOLERANCE
-    model = make(name, num_virtual_tokens=UNEQUAL)
-    with torch.no_grad():
-        model(input_ids=ids)
-    expected = brute_force_scores(model, tiny(name, "eager"), ids, mask, mask, 0, "mean")
-    assert torch.allclose(model.last_selection.scores, expected, atol=1e-5, rtol=1e-4)
+    for layer in (0, 1, -1):
+        model = make(name, num_virtual_tokens=UNEQUAL, selection_layer=layer)
+        with torch.no_grad():
+            model(input_ids=ids)
+        expected = brute_force_scores(model, tiny(name, "eager"), ids, mask, mask, layer, "mean")
+        assert torch.allclose(model.last_selection.scores, expected, atol=1e-5, rtol=1e-4)
 
 
 @architectures

@@ -9,9 +9,11 @@ import torch
 from transformers import Cache, DynamicCache
 
 from idp_peft.analysis import attention_map, selection_report
+from idp_peft.choice import select
 from idp_peft.evaluation.prompted import choose
 from idp_peft.serving import ExportedModel, Router, VllmPrompts, export_to_vocab
 from idp_peft.serving.prompted_request import RequestPrompter
+from tests.reference import concatenated_logits
 from tests.test_harness import tokenizer
 from tests.tiny import ARCHITECTURES_AND_MORE, CHANGING_ROTARY, VOCAB, tiny, token_batch
 from tests.tiny_serving import Saved, saved
@@ -250,12 +252,55 @@ def test_every_way_in_chooses_as_the_model_does_for_the_input_alone(case, way):
     assert WAYS[way](case) == case.expected
 
 
+# ---------------------------------------------------------------------- what ran before
+
+
+@pytest.mark.parametrize("name", list(CHANGING_ROTARY))
+@pytest.mark.parametrize("layer", [0, 1])
+def test_what_the_model_ran_before_steers_no_choice(make, name, layer):
+    """A base with "dynamic" keeps the frequencies of the longest text."""
+    model = make(name, num_virtual_tokens=K, selection_layer=layer)
+    for tokens in (6, 8, 9, 15):
+        ids = token_batch([tokens])[0]
+        expected = make(name, num_virtual_tokens=K, selection_layer=layer)
+        with torch.no_grad():
+            expected(input_ids=ids)
+            with model.disable_adapter():
+                model(input_ids=token_batch([40])[0])
+            model(input_ids=ids)
+        assert torch.equal(model.last_selection.scores, expected.last_selection.scores)
+
+
+def test_choosing_leaves_the_frequencies_that_a_base_keeps(make):
+    model = make("llama_dynamic", num_virtual_tokens=K)
+    rotary = model.get_base_model().model.rotary_emb
+    for tokens in (3, 20, 6):
+        before = rotary.inv_freq.clone()
+        select(model.base_model.layer, {"input_ids": token_batch([tokens, 4])[0]})
+        assert torch.equal(rotary.inv_freq, before)
+
+
+@pytest.mark.parametrize("name", list(CHANGING_ROTARY))
+@pytest.mark.parametrize("tokens", [6, 8, 9, 15])
+def test_a_prompt_has_the_frequencies_that_the_base_has_by_then(make, name, tokens):
+    """Whatever ran before: prompt and text are one text of the base."""
+    model, base = make(name, num_virtual_tokens=K), tiny(name)
+    ids, long = token_batch([tokens])[0], token_batch([40])[0]
+    with torch.no_grad():
+        model(input_ids=ids, prompt_ids=1)
+        with model.disable_adapter():
+            model(input_ids=long)
+        base(input_ids=long)
+        found = model(input_ids=ids, prompt_ids=1).logits
+    assert (found - concatenated_logits(model, base, ids, 1)).abs().max() <= 1e-4
+
+
 # ---------------------------------------------------------------------- texts that grow past the switch
 
 
 def tokens_as_prompts(make, name: str):
     """A model whose prompts are words, so that its definition is a text of the base; and those words, `[M, K]`."""
-    model = make(name, num_virtual_tokens=K)
+    model = make(name, num_virtual_tokens=K, dtype=torch.float64)  # so that no sum's order decides between two words
     words = torch.randint(2, VOCAB, (4, K), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         model.base_model.layer.active_bank.weight.copy_(model.get_input_embeddings()(words.flatten()))
@@ -275,7 +320,8 @@ def test_a_text_that_grows_past_the_switch_is_the_bases_own(make, name, tokens, 
                 model.generate(input_ids=ids, **arguments)
             return
         found = model.generate(input_ids=ids, prompt_ids=prompt, **arguments)
-        expected = tiny(name).generate(input_ids=torch.cat([words[prompt][None], ids], dim=1), **arguments)
+        base, whole = tiny(name, dtype=torch.float64), torch.cat([words[prompt][None], ids], dim=1)
+        expected = base.generate(input_ids=whole, **arguments)
         assert torch.equal(found, expected[:, K:])
 
 
@@ -284,7 +330,8 @@ def test_a_choice_is_kept_where_the_base_drops_its_cache(make, tokens):
     """Phi-3's own `generate` reads a text again where its frequencies change, within a turn and between two."""
     if not phi3_reads_again():
         pytest.skip("this transformers loses the text with the cache")
-    model, native = (one := make("phi3_longrope", num_virtual_tokens=K)), one.get_base_model()
+    model = make("phi3_longrope", num_virtual_tokens=K, dtype=torch.float64)
+    native = model.get_base_model()
     long, short = {"max_new_tokens": 12, "do_sample": False}, {"max_new_tokens": 2, "do_sample": False}
     dropped, would_differ = "dropped the cache that holds its prompt, and would choose again", 0
     for seed in range(4):
