@@ -9,6 +9,7 @@ import transformers as tf
 from peft import get_peft_model
 
 from idp_peft import IDPConfig
+from idp_peft.composition.base_skeleton import position_counts_bank
 from idp_peft.decoder import find_decoder
 from idp_peft.reach import first_scaled_slot
 from tests.every_model.check import tokens
@@ -91,6 +92,22 @@ def test_padding_is_not_counted_where_attention_is_scaled_by_place(name, config)
         model(input_ids=ids, attention_mask=mask, use_cache=False)
     with pytest.raises(ValueError, match=message.format(12)):
         model.generate(input_ids=ids[:, 2:], attention_mask=mask[:, 2:], max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"), [("XGLMForCausalLM", True), ("GPTNeoForCausalLM", True), ("LlamaForCausalLM", False)]
+)
+def test_the_length_of_a_bank_counts_where_positions_are_added(name, counts):
+    assert position_counts_bank(tiny_model(getattr(tf, name))) is counts
+
+
+def test_a_layer_whose_windows_count_slots_cannot_choose():
+    model = tiny_model(tf.GPTNeoForCausalLM)
+    with pytest.raises(
+        ValueError, match=r"`selection_layer` must be 0 on 'gpt_neo', got 2: the windows of its deeper layers"
+    ):
+        get_peft_model(model, IDPConfig(task_type="CAUSAL_LM", selection_layer=2))
+    get_peft_model(model, IDPConfig(task_type="CAUSAL_LM", selection_layer=2, selection="random"))
 
 
 def test_keys_that_are_dropped_by_what_comes_later_are_refused():
