@@ -85,7 +85,7 @@ def test_a_loaded_adapter_can_be_trained_on(saved):
 
 def test_prompts_stay_float32_on_a_half_precision_base(saved, tmp_path):
     model, base, folder = saved
-    for arguments in ({}, {"low_cpu_mem_usage": True}, {"autocast_adapter_dtype": False}):
+    for arguments in ({}, {"low_cpu_mem_usage": True}):
         low = PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), folder, **arguments
         )

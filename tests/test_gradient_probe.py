@@ -159,7 +159,7 @@ def test_a_wrong_gradient_is_found_and_the_kernel_named(kind, error, dtype):
 def test_a_kernel_without_a_backward_is_for_inference_only():
     assert str(probe_gradients(with_layer(NoBackward))) == (
         "inference only, because the backward pass of NoBackward (model.layers.0.mlp.down_proj) fails: "
-        "NotImplementedError: no backward on this processor"
+        "NotImplementedError: no backward on this processor second line"
     )
 
 

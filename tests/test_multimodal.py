@@ -466,7 +466,7 @@ def test_attention_in_both_directions_is_refused_when_the_adapter_is_added(name,
     if arguments:
         config = type(base.config)(**{**base.config.to_dict(), **arguments})
         base = type(base)(config)
-    with pytest.raises(ValueError, match=rf"{type(base).__name__} attends in both directions over its input"):
+    with pytest.raises(ValueError, match=rf"{type(base).__name__} attends in both directions, and a prompt's keys"):
         get_peft_model(base, IDPConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
 
 

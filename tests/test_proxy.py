@@ -485,7 +485,7 @@ def test_an_allowed_page_may_read_every_answer_and_another_page_none(serve, prom
     engine = Engine()
     engine.mode = mode
     if status == 500:
-        monkeypatch.setattr(prompter, "completion", lambda body: 1 / 0)
+        monkeypatch.setattr(prompter, "completion_pieces", lambda body: 1 / 0)
     proxy = serve(engine, api_key="right", allow_origins=(PAGE,), max_body=1000, timeout=0.3 if mode == "hang" else 60)
     token = {"authorization": "Bearer wrong" if status == 401 else "Bearer right"}
     token["connection"] = "close"  # behind a bug the server does so by itself

@@ -100,6 +100,7 @@ def test_lora_is_labelled_and_counted(options, tmp_path):
 
 def test_a_compressed_model_is_known_by_its_note(options, tmp_path):
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "model" / "compression.json").write_text("{}")
     result = read(evaluate(replace(options, model=str(tmp_path / "model"))))
     assert (result["label"], result["role"]) == ("compressed", "compressed")

@@ -357,4 +357,5 @@ def table_of(page: str) -> str:
 
 if __name__ == "__main__":
     page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(page.replace(table_of(page), table()), encoding="utf-8")
+    before, mark = f"<!-- loops: begin -->\n{table_of(page)}", "<!-- loops: begin -->\n"
+    PAGE.write_text(page.replace(before, mark + table()), encoding="utf-8")

@@ -151,9 +151,9 @@ def _check_same_tokens(tokenizer, other) -> set[int]:
     return set(by_id)
 
 
-def _check_known(blocks: list[list[int]], tokens: set[int], tokenizer, dataset: str) -> None:
+def _check_known(blocks: list[Block], tokens: set[int], tokenizer, dataset: str) -> None:
     """Refuse text with tokens outside of those that all models have, by their tokenizers and by their rows."""
-    unknown = sorted({i for block in blocks for i in block} - tokens)
+    unknown = sorted({i for block in blocks for i in block.ids} - tokens)
     if unknown:
         names = [tokenizer.convert_ids_to_tokens(i) for i in unknown]
         raise ValueError(

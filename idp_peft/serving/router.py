@@ -155,8 +155,10 @@ def _layer(source: PromptSource, name: str, load_model_kwargs: dict) -> IDPLayer
         raise FileNotFoundError(f"{reason}: pass `base`, the folder or Hub id where that model is now") from error
     decoder = find_decoder(bones)
     layers = kept = _layers_needed(config, decoder)
-    if has_per_layer_inputs(decoder):
-        kept = len(find_blocks(decoder)[1])  # one table of embeddings is for all layers together
+    if has_per_layer_inputs(decoder) or getattr(decoder.config, "num_kv_shared_layers", 0):
+        kept = len(
+            find_blocks(decoder)[1]
+        )  # one table is for all layers together, or the last ones read earlier ones' keys
     with _without_report():
         model = load_model(name, headless=True, config=_first_layers(bones.config, kept), **load_model_kwargs)
     decoder, embeddings = find_decoder(model), model.get_input_embeddings()
@@ -198,7 +200,10 @@ def _layers_needed(config: IDPConfig, decoder: nn.Module) -> int:
 def _first_layers(config, layers: int):
     """The config of a model of so many layers. (What it lists per layer is read from the front.)"""
     config = copy.deepcopy(config)
-    config.get_text_config(decoder=True).num_hidden_layers = layers
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "layer_types", None) is not None:
+        text.layer_types = text.layer_types[:layers]
+    text.num_hidden_layers = layers
     return config
 
 
