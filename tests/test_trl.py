@@ -101,7 +101,8 @@ def test_sft_trains_saves_and_loads(make, tmp_path, given, form):
     questions = tiny_questions(4)
     data = form(questions * 4, tiny_answers(make("llama"), questions) * 4)
     untouched, torch_seed = tiny("llama"), 3
-    settings = {"max_steps": 12, "learning_rate": 0.1, "seed": torch_seed, "lr_scheduler_type": "constant"}
+    settings = {"max_steps": 12, "learning_rate": 0.05, "seed": torch_seed, "lr_scheduler_type": "constant"}
+    settings["per_device_train_batch_size"] = 16  # all rows: losses of batches that differ tell little
     if given == "wrapped":
         trainer = sft(make("llama"), tmp_path / "run", data, **settings)
     else:
