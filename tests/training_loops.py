@@ -235,10 +235,11 @@ def with_trl(where: str, name: str, model, folder: str, data: list[dict], option
     """Train with TRL's `<name>Trainer` and `<name>Config`, which are in the module `where`."""
     from datasets import Dataset
 
-    module = importlib.import_module(where)
+    module, tokenizer = importlib.import_module(where), chat_tokenizer()
+    tokenizer.padding_side = "left"  # as it is for whatever samples answers
     arguments = getattr(module, f"{name}Config")(output_dir=folder, **ARGUMENTS, **settings)
     getattr(module, f"{name}Trainer")(
-        model=model, args=arguments, train_dataset=Dataset.from_list(data), processing_class=chat_tokenizer(), **options
+        model=model, args=arguments, train_dataset=Dataset.from_list(data), processing_class=tokenizer, **options
     ).train()
 
 
