@@ -35,13 +35,11 @@ def describe(model, settings: dict) -> dict:
 def _role(model, settings: dict) -> str:
     if settings["adapter"] is not None:
         return "recovered"
+    quantized = getattr(model.config, "quantization_config", None) is not None
+    if quantized or Path(settings["model"], "compression.json").is_file():
+        return "compressed"
     where, gguf_file = find_model(settings["model"])
-    if gguf_file is not None:
-        compressed = holds_packed_weights(Path(where, gguf_file))
-    else:
-        quantized = getattr(model.config, "quantization_config", None) is not None
-        compressed = quantized or Path(where, "compression.json").is_file()
-    return "compressed" if compressed else "dense"
+    return "compressed" if gguf_file is not None and holds_packed_weights(Path(where, gguf_file)) else "dense"
 
 
 def adapter_parameters(model) -> int:
