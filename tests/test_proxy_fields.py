@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("starlette", reason="the proxy's web framework is in the extra 'serving'")
@@ -31,6 +34,10 @@ NOT_SERVED = {
     "top_logprobs_num": 5,
     "token_ids_logprob": [98],
     "details": True,
+    "logprob_token_ids": [98],
+    "return_prompt_text": True,
+    "return_token_offsets": True,
+    "routed_experts_prompt_start": 0,
     "decoder_input_details": True,
     # they cut or replace what stands in front
     "truncate_prompt_tokens": 3,
@@ -49,6 +56,8 @@ NOT_SERVED = {
     "mm_processor_kwargs": {},
     "media_io_kwargs": {},
     "multi_modal_data": {},
+    "mm_payload": {},
+    "truncation_side": "left",
     # they force tokens
     "allowed_token_ids": [98],
     "bad_words": ["w5"],
@@ -78,6 +87,8 @@ NOT_SERVED = {
     "priority": -100,
     "bootstrap_host": "x",
     "kv_transfer_params": {"remote_host": "x"},
+    "ec_transfer_params": {},
+    "session_id": "x",
     "vllm_xargs": {},
     "extra_args": {},
     "something_of_next_year": 1,
@@ -211,6 +222,19 @@ def test_beside_what_can_change_the_greatest_logit_greedy_requests_have_the_bias
     body, _ = getattr(prompter, path)({**PATHS[path], "temperature": 0, name: STEERING[name]})
     own = STEERING[name] if name == "logit_bias" else {}
     assert body["logit_bias"] == {**own, **prompter.exported.logit_bias}
+
+
+def test_the_page_on_serving_lists_the_fields():
+    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+    lists = page[page.index("### Fields") :].partition("\n* ")[0].partition("`/v1/completions`:")
+    both, (completions, _, chats) = lists[0], lists[2].partition("`/v1/chat/completions`:")
+    named = {
+        name: set(re.findall("`([a-z_]+)`", text)) for name, text in (("b", both), ("c", completions), ("h", chats))
+    }
+    assert named["b"] == set(COMPLETION_FIELDS) & set(CHAT_FIELDS)
+    assert named["b"] | named["c"] == set(COMPLETION_FIELDS)
+    assert named["b"] | named["h"] == set(CHAT_FIELDS)
+    assert set(REFUSED) <= set(re.findall("`([a-z_]+)`", page[page.index("* Not in the list") :]))
 
 
 def test_every_field_that_steers_is_in_the_list_of_this_test():

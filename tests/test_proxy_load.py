@@ -120,18 +120,20 @@ def test_what_the_arguments_of_a_tool_call_hold_is_bounded_too(prompter, argumen
 
 
 class Turns:
-    """Stands in for a router: writes down each piece and can hold up the first."""
+    """Stands in for a router: writes down each piece, and holds up those with texts of one length, or all."""
 
-    def __init__(self, router, monkeypatch) -> None:
+    def __init__(self, router, monkeypatch, held_up: int | None = None) -> None:
         self.pieces: list[list[list[int]]] = []
+        self.held_up = held_up
         self.begun, self.go_on = threading.Event(), threading.Event()
         self.real = router.route
         monkeypatch.setattr(router, "route", self.route)
 
     def route(self, rows):
         self.pieces.append(rows)
-        self.begun.set()
-        assert self.go_on.wait(60)
+        if self.held_up in (None, len(rows[0])):
+            self.begun.set()
+            assert self.go_on.wait(60)
         return self.real(rows)
 
 
@@ -164,21 +166,18 @@ def test_others_are_served_between_the_pieces_of_a_long_request(serve, prompter,
     assert turns.pieces.index([[9]]) <= 2
 
 
-def test_a_long_text_does_not_stand_in_the_way_of_short_ones(prompter, monkeypatch):
-    other = limited(prompter, max_tokens=5000)
-    turns = Turns(prompter.router, monkeypatch)
-    turns.real = lambda rows: turns.real_one([[9]] * len(rows))
-    turns.real_one = type(prompter.router).route.__get__(prompter.router)
-    with starting(other) as start, ThreadPoolExecutor(1) as pool:
+@pytest.mark.parametrize(("held_up", "others"), [(4000, (1, 512, 513, 2048)), (1000, (1, 512, 4000))])
+def test_texts_of_other_lengths_do_not_stand_in_each_others_way(prompter, monkeypatch, held_up, others):
+    turns = Turns(prompter.router, monkeypatch, held_up)
+    with starting(limited(prompter, max_tokens=5000)) as start, ThreadPoolExecutor(1) as pool:
         proxy = start(Engine())
-        long = pool.submit(proxy.post, "/v1/completions", json={"prompt": [5] * 4000})
+        first = pool.submit(proxy.post, "/v1/completions", json={"prompt": [5] * held_up})
         assert turns.begun.wait(60)
-        turns.route = turns.real
-        monkeypatch.setattr(prompter.router, "route", turns.real)
-        assert proxy.post("/v1/completions", json={"prompt": [9]}).status_code == 200
-        assert not long.done()
+        for length in others:
+            assert proxy.post("/v1/completions", json={"prompt": [5] * length}).status_code == 200
+        assert not first.done()
         turns.go_on.set()
-        assert long.result().status_code == 200
+        assert first.result().status_code == 200
 
 
 def test_a_choice_never_holds_up_what_needs_none(serve, prompter, monkeypatch):

@@ -24,6 +24,7 @@ def tiny_prompter(folder: Path, **limits) -> RequestPrompter:
 @contextlib.contextmanager
 def starting(prompter: RequestPrompter, **connection_limits) -> Iterator[Callable]:
     """Gives start(engine, **settings) -> a client of a proxy in front of the engine; ends them all."""
+    prompter.texts.token_ids(["w5"])  # started by now, however long that takes on a busy machine
     with contextlib.ExitStack() as stack:
 
         def start(engine: Engine | str, **settings):

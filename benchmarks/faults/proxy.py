@@ -29,7 +29,7 @@ from benchmarks.faults.served_model import (
 )
 
 RESULTS = Path(__file__).parent / "results"
-CLIENT_TIMEOUT = 3
+CLIENT_TIMEOUT = 10
 SURVIVED, REFUSED, LOST = "survived", "refused", "lost"
 _REFUSALS = {400, 401, 404, 405, 408, 413, 501, 503}
 _PATIENCE = 120  # seconds for anything

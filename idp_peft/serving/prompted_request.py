@@ -18,8 +18,8 @@ from idp_peft.serving.router import Router
 from idp_peft.serving.text_process import TextError, TextProcess
 
 MAX_TOKENS, MAX_TEXTS, MAX_REQUEST_TOKENS, CHARACTERS_PER_TOKEN = 8192, 256, 32768, 16
-# A piece of work is short up to so many characters, and up to so many texts of so many tokens.
-_SHORT_CHARACTERS, _SHORT_TOKENS = 16384, 1024
+# Characters and tokens up to which a piece of work is short, and of middle length; texts of a short one.
+_CHARACTERS, _TOKENS = (16384, 131072), (512, 2048)
 _TEXTS_READ, _TEXTS_ROUTED = 64, 8
 _NAME = re.compile(r"<\|idp:[^|]*\|>")  # as `PromptVocabulary` names tokens
 
@@ -28,7 +28,8 @@ class Piece(NamedTuple):
     """A part of the work on one request, behind which others may have their turn.
 
     Args:
-        lane (`str`): `"chat"`, `"short"` or `"long"`: what it waits for. Long texts do not stand in the way of short ones.
+        lane (`str`): `"chat"`, `"short"`, `"middle"` or `"long"`: what it waits for. Long texts do not stand in the way of
+            short ones.
         work (`Callable`): does it.
     """
 
@@ -175,7 +176,7 @@ class RequestPrompter:
             except TextError as error:  # half a surrogate pair, which JSON can hold, or one that takes too long
                 raise RequestError(400, f"`{param}` is no valid text: {error}", param) from error
 
-        return Piece("short" if sum(map(len, texts)) <= _SHORT_CHARACTERS else "long", work)
+        return Piece(_lane(sum(map(len, texts)), _CHARACTERS), work)
 
     def _check_characters(self, count: int, param: str) -> None:
         if count > self.max_characters:
@@ -248,7 +249,7 @@ class RequestPrompter:
             except ValueError as error:
                 raise RequestError(400, str(error), "prompt") from error
 
-        return Piece("short" if len(rows[-1]) <= _SHORT_TOKENS else "long", work)
+        return Piece(_lane(len(rows[-1]), _TOKENS), work)
 
     def _prefix(self, prompt: int) -> list[int]:
         return self.exported.token_ids[prompt] if prompt >= 0 else []
@@ -285,11 +286,15 @@ def _texts(prompt, most: int) -> list[str] | list[list[int]]:
     raise RequestError(400, "`prompt` must be a text, a list of token ids, or a list of either", "prompt")
 
 
+def _lane(length: int, bounds: tuple[int, int]) -> str:
+    return ("short", "middle", "long")[sum(length > bound for bound in bounds)]
+
+
 def _in_pieces(texts: list[str]) -> Iterator[list[str]]:
     """Texts in their order, as many at once as are short together; a long one alone."""
     some: list[str] = []
     for text in texts:
-        if some and (len(some) == _TEXTS_READ or sum(map(len, some)) + len(text) > _SHORT_CHARACTERS):
+        if some and (len(some) == _TEXTS_READ or sum(map(len, some)) + len(text) > _CHARACTERS[0]):
             yield some
             some = []
         some.append(text)
@@ -300,7 +305,7 @@ def _of_like_length(indices: list[int], rows: list[list[int]]) -> Iterator[list[
     """Rows from short to long, a few at once; a long one alone."""
     some: list[int] = []
     for index in sorted(indices, key=lambda index: len(rows[index])):
-        if some and (len(some) == _TEXTS_ROUTED or len(rows[index]) > _SHORT_TOKENS):
+        if some and (len(some) == _TEXTS_ROUTED or len(rows[index]) > _TOKENS[0]):
             yield some
             some = []
         some.append(index)

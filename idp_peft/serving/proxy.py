@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 CHOSEN = "x-idp-prompt"  # response header: the prompt of each text
 COMPLETIONS, CHAT, MODELS, HEALTH = "/v1/completions", "/v1/chat/completions", "/v1/models", "/health"
 # How many pieces of work of each kind run at once: see `Piece`.
-_LANES = {"chat": 2, "short": 1, "long": 1}
+_LANES = {"chat": 2, "short": 1, "middle": 1, "long": 1}
 _CONNECT_SECONDS = 5
 _HELD = 256 * 2**10  # bytes of an answer that are waited for; of a longer one, each part is sent as it comes
 # Of a request's headers and an answer's, only these are handed on.

@@ -18,7 +18,10 @@ from tests.patience import PATIENCE
 from tests.serving.vllm_server import BLOCK, VllmServer, subject
 
 TOKENS = 16
-GREEDY = {"model": "idp", "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "return_token_ids": True}
+PLAIN = {"model": "idp", "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
+GREEDY = {**PLAIN, "return_token_ids": True}
+# The proxy refuses that one, with which an engine tells the prompt's tokens, too: each token's logprob tells the answer's.
+LOGPROBS = {"/v1/completions": {"logprobs": 0}, "/v1/chat/completions": {"logprobs": True}}
 
 
 @pytest.fixture(scope="module", params=["tiny", "gemma2", "default"])
@@ -64,6 +67,19 @@ def post(http, path: str, body: dict, one=None) -> list[int]:
     answer = http.post(path, json=body if one is None else {**body, **bias(one)})
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]["token_ids"]
+
+
+def post_to_proxy(proxy, path: str, body: dict) -> list[list[int]]:
+    """The token ids of all answers, from a proxy."""
+    answer = proxy.post(path, json={**body, **LOGPROBS[path], "return_tokens_as_token_ids": True})
+    assert answer.status_code == 200, answer.text
+    return [token_ids(choice["logprobs"]) for choice in answer.json()["choices"]]
+
+
+def token_ids(logprobs: dict) -> list[int]:
+    """Those of `"token_id:5"`, as completions and chats write them."""
+    tokens = logprobs["tokens"] if "tokens" in logprobs else [one["token"] for one in logprobs["content"]]
+    return [int(token.removeprefix("token_id:")) for token in tokens]
 
 
 # ---------------------------------------------------------------------- the vocabulary
@@ -123,26 +139,27 @@ def test_a_content_part_of_a_chat_gives_what_the_adapter_gives(one, http, prompt
 
 def test_the_proxy_gives_what_the_adapters_own_choice_gives(one, proxy):
     for text in one.texts:
-        assert post(proxy, "/v1/completions", {**GREEDY, "prompt": text}) == one.say(one.ids(text), None)
-    answer = proxy.post("/v1/completions", json={**GREEDY, "prompt": one.texts}).json()
-    assert [choice["token_ids"] for choice in answer["choices"]] == [one.say(one.ids(text), None) for text in one.texts]
-    assert post(proxy, "/v1/chat/completions", {**GREEDY, "messages": one.chat}) == one.say(one.chat_ids, None)
+        assert post_to_proxy(proxy, "/v1/completions", {**PLAIN, "prompt": text}) == [one.say(one.ids(text), None)]
+    answers = post_to_proxy(proxy, "/v1/completions", {**PLAIN, "prompt": one.texts})
+    assert answers == [one.say(one.ids(text), None) for text in one.texts]
+    answers = post_to_proxy(proxy, "/v1/chat/completions", {**PLAIN, "messages": one.chat})
+    assert answers == [one.say(one.chat_ids, None)]
 
 
 def test_a_stream_through_the_proxy_says_the_same(one, proxy):
     tokens = []
-    body = {**GREEDY, "prompt": one.texts[1], "stream": True}
+    body = {**PLAIN, "prompt": one.texts[1], "stream": True, "logprobs": 0, "return_tokens_as_token_ids": True}
     with proxy.stream("POST", "/v1/completions", json=body) as response:
         for line in response.iter_lines():
             if line.startswith("data: {"):
-                tokens += json.loads(line.removeprefix("data: "))["choices"][0]["token_ids"]
+                tokens += token_ids(json.loads(line.removeprefix("data: "))["choices"][0]["logprobs"])
     assert tokens == one.say(one.ids(one.texts[1]), None)
 
 
 def test_sampling_through_the_proxy_never_picks_a_prompts_token(one, proxy):
-    hot = {**GREEDY, "temperature": 2, "max_tokens": 64, "n": 8, "seed": 6, "prompt": one.texts[0]}
-    choices = proxy.post("/v1/completions", json=hot).json()["choices"]
-    assert max(token for choice in choices for token in choice["token_ids"]) < one.exported.vocab_size
+    hot = {**PLAIN, "temperature": 2, "max_tokens": 64, "n": 8, "seed": 6, "prompt": one.texts[0]}
+    answers = post_to_proxy(proxy, "/v1/completions", hot)
+    assert max(token for answer in answers for token in answer) < one.exported.vocab_size
 
 
 # ---------------------------------------------------------------------- the prefix cache
