@@ -192,6 +192,6 @@ def by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:
     """A call's arguments by name, as a new dict; a cache by the name that the module's own forward has for it."""
     named = {**dict(zip(forward_parameters(type(module)), args, strict=False)), **kwargs} if args else dict(kwargs)
     name = cache_name(type(module))
-    if any(other in named for other in _CACHE_NAMES if other != name):
+    if name is not None and any(other in named for other in _CACHE_NAMES if other != name):
         named = with_cache(named, given_cache(named), name)
     return named
