@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from tests.reference import bank_of
-from tests.tiny import token_batch
+from tests.tiny import tiny, token_batch
 
 # How people compile a transformers model. The "eager" backend runs the graphs as they are: what is tested is what they hold
 # and when they are made.
@@ -35,13 +35,28 @@ def graphs() -> int:
     return counters["stats"].get("unique_graphs", 0)
 
 
+def compiles_the_base_again(way: str, ids) -> bool:
+    """Whether a second request like the first compiles something where there is no IDP, as under torch 2.6."""
+    base = tiny("llama")
+    WAYS[way](base)
+    ask(base, ids)
+    once = graphs()
+    ask(base, ids)
+    again = graphs() > once
+    torch.compiler.reset()
+    counters.clear()
+    return again
+
+
 @pytest.mark.parametrize("way", list(WAYS))
 def test_requests_that_choose_other_prompts_compile_nothing_after_the_first(make, way):
+    ids, _ = token_batch([9])
+    if compiles_the_base_again(way, ids):
+        pytest.skip("this torch compiles the base alone again for a second request, whose cache is another")
     plain, model = make("llama"), make("llama")
     with torch.no_grad():
         bank_of(model).weight.copy_(bank_of(plain).weight)
     WAYS[way](model.get_base_model())
-    ids, _ = token_batch([9])
     assert torch.equal(ask(model, ids, prompt_ids=0), ask(plain, ids, prompt_ids=0))
     warm, chosen = graphs(), set()
     assert warm > 0, "nothing was compiled"

@@ -15,7 +15,14 @@ import torch
 from peft import PeftModel
 
 from tests.distributed_job import BATCH, LENGTHS, RESUMES, examples
-from tests.distributed_run import FSDP2, close, in_one_process, in_two_processes, prompts_in
+from tests.distributed_run import (
+    FSDP2,
+    close,
+    in_one_process,
+    in_two_processes,
+    prompts_in,
+    skip_without_fsdp2_on_a_cpu,
+)
 from tests.tiny import tiny
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one launch for all of them
@@ -34,6 +41,7 @@ class Runs:
         self.folder, self._two, self._one = folder, {}, {}
 
     def two(self, way: str) -> dict[str, list[dict]]:
+        skip_without_fsdp2_on_a_cpu(SETTINGS[way])
         if way not in self._two:
             self._two[way] = None  # a launch that failed is not tried again by every test
             self._two[way] = in_two_processes(self.folder / way, JOBS[way], SETTINGS[way])
