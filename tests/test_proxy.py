@@ -21,6 +21,7 @@ from idp_peft.serving.run_proxy import run_proxy
 from idp_peft_cli import main
 from tests.loopback import Engine, Server
 from tests.patience import PATIENCE
+from tests.raw_http import post
 from tests.tiny import VOCAB
 from tests.tiny_chats import chat_tokenizer
 from tests.tiny_folder import tiny_texts
@@ -406,15 +407,11 @@ def test_a_client_that_leaves_lets_the_engine_stop(serve, stream):
     engine.mode = "answer" if stream else "hang"
     proxy = serve(engine)
     body = {"prompt": "w5", "stream": stream, "max_tokens": 100_000}
-    if stream:
-        with proxy.stream("POST", "/v1/completions", json=body) as response:
-            next(response.iter_lines())
-    else:
-        content = json.dumps(body).encode()
-        with socket.create_connection(("127.0.0.1", proxy.base_url.port), timeout=PATIENCE) as connection:
-            head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n"
-            connection.sendall(head.encode() + content)
-            assert engine.running.wait(PATIENCE)
+    with socket.create_connection(("127.0.0.1", proxy.base_url.port)) as hasty:
+        hasty.sendall(post(b"/v1/completions", body))
+        assert engine.running.wait(PATIENCE)
+        if stream:
+            assert hasty.recv(100).startswith(b"HTTP/1.1 200 ")
     assert engine.abandoned.wait(PATIENCE)
     engine.mode = "answer"
     assert proxy.post("/v1/completions", json={"prompt": "w5"}).status_code == 200

@@ -76,6 +76,7 @@ class RequestPrompter:
         self.max_characters = max_characters or CHARACTERS_PER_TOKEN * self.max_request_tokens
         self.extra_fields = frozenset(extra_fields)
         self.texts = TextProcess(router.tokenizer)
+        self.texts.start()
         self._names = {token for tokens in exported.tokens for token in tokens}
 
     def completion(self, body: dict) -> tuple[dict, list[int]]:

@@ -111,7 +111,6 @@ def run_proxy(
         max_characters,
         engine_fields,
     )
-    prompter.texts.start()
     if settings.api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("listening on %s without a bearer token: set $%s to ask for one", host, API_KEY)
     if settings.api_key is None and "*" in origins:

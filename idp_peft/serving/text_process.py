@@ -6,11 +6,9 @@ limit within a process holds them: a sandbox counts no steps, `'a' * 10**10` is 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pickle
-import select
 import socket
 import subprocess
 import sys
@@ -110,7 +108,7 @@ class TextProcess:
         with self._lock:
             while self._idle:
                 connection = self._idle.pop()
-                if not select.select([connection], [], [], 0)[0]:  # nothing to read: it has not ended
+                if _waits(connection):
                     return connection
                 connection.close()
             try:
@@ -158,7 +156,18 @@ class TextProcess:
             pickle.dump(self._tokenizer, pipe)
 
 
+def _waits(connection: socket.socket) -> bool:
+    """Whether the process at its other end is still there: one that is has nothing to say."""
+    connection.settimeout(0)
+    try:
+        return bool(connection.recv(1, socket.MSG_PEEK))
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
 def _end(control: socket.socket, process: subprocess.Popen) -> None:
     control.close()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(5)
+    process.kill()
+    process.wait()

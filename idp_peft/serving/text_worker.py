@@ -83,4 +83,5 @@ def _token_ids(text: str, task: dict, tokenizer) -> list[int] | int:
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])), pickle.load(sys.stdin.buffer), int(sys.argv[2]))
+    pickled = sys.stdin.buffer.read()  # all of it before the imports that it causes: the proxy waits for this
+    serve(socket.socket(fileno=int(sys.argv[1])), pickle.loads(pickled), int(sys.argv[2]))
