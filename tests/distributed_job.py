@@ -252,6 +252,7 @@ JOBS = {
     "gpt2": lambda folder, base: loop(folder, "selected", architecture="gpt2"),
     "bloom": lambda folder, base: loop(folder, "selected", architecture="bloom"),
     "gemma2": lambda folder, base: loop(folder, "selected", architecture="gemma2"),
+    "gemma3n": lambda folder, base: loop(folder, "selected", architecture="gemma3n"),
     "trainer": lambda folder, base: trainer(folder, "uniform", base=base),
     "trainer_selected": lambda folder, base: trainer(folder, "selected", base=base),
 }

@@ -132,8 +132,9 @@ def _row_scores(model, base, ids, context, layer, reduction, of_decoder=None):
         alibi = (slopes[:, None] * positions)[:, None]  # [heads, 1, keys]
         decoder.build_alibi_tensor = lambda *_, **__: alibi
     if of_decoder is not None:
-        for kind, mask in attention_mask.items():
-            mask[..., total:, total:] = of_decoder["attention_mask"][kind]
+        for kind, mask in attention_mask.items() if isinstance(attention_mask, dict) else [(None, attention_mask)]:
+            theirs = of_decoder["attention_mask"]
+            mask[..., total:, total:] = theirs if kind is None else theirs[kind]
         ids = torch.where(ids == 1, 0, ids)  # of a picture, the padding token's part is looked up
     if looks_up_in_layers(decoder):
         looked_up = decoder.get_per_layer_inputs(torch.cat([torch.zeros(total, dtype=torch.long), ids])[None])

@@ -7,8 +7,10 @@ each sort. To have another looked at, add it there.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -229,12 +231,14 @@ class Pictures:
     Args:
         of_rows (`Callable`): what a call is given for these rows, beside ids and mask.
         types (`str`): the argument that marks the picture's tokens.
-        before (`dict`): ids of the tokens that must stand before the picture.
+        before (`list`): ids of the tokens that must stand before the picture.
+        read_as (`int`): the id whose embedding the model takes for the picture's tokens before it fills them in.
     """
 
     of_rows: Callable[[list[int]], dict]
     types: str | None = None
     before: list[int] = field(default_factory=list)
+    read_as: int = IMAGE
 
 
 def pixels(*shape: int) -> torch.Tensor:
@@ -258,10 +262,13 @@ PICTURES = {
     "llava": Pictures(lambda rows: {"pixel_values": pixels(3, 28, 28)[rows]}),
     "gemma3_multimodal": Pictures(lambda rows: {"pixel_values": pixels(3, 28, 28)[rows]}, "token_type_ids"),
     "gemma4_multimodal": Pictures(gemma4_picture, "mm_token_type_ids"),
+    # Their vision towers are left out: what counts is what their masks make of the marked tokens.
+    "gemma4_unified": Pictures(lambda rows: {}, "mm_token_type_ids", read_as=0),
+    "molmo2": Pictures(lambda rows: {}, "mm_token_type_ids"),
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN,
 }
-SEE_EACH_OTHER = ["gemma3_multimodal", "gemma4_multimodal"]  # the tokens of a picture do
+SEE_EACH_OTHER = ["gemma3_multimodal", "gemma4_multimodal", "gemma4_unified", "molmo2"]  # the tokens of a picture do
 pictures = pytest.mark.parametrize("name", list(PICTURES))
 
 
@@ -296,7 +303,8 @@ def concatenated(name: str, model, base, call: dict, row: int, prompt: int) -> t
     """The base on `[P_i ; E(x)]`, whose picture tokens it fills in itself: `[1, n, vocab]`."""
     chosen, ids = prompts_of(model)[prompt], call["input_ids"]
     front = len(chosen)
-    whole = torch.cat([chosen[None], base.get_input_embeddings()(ids)], dim=1)
+    read = torch.where(ids == IMAGE, PICTURES[name].read_as, ids)
+    whole = torch.cat([chosen[None], base.get_input_embeddings()(read)], dim=1)
     given = call_for(name, ids, torch.ones(whole.shape[:2], dtype=torch.long), [row], front)
     decoder = find_decoder(base)
     if looks_up_in_layers(decoder):  # of its padding token, for prompts and pictures
@@ -413,7 +421,7 @@ def test_a_prompt_longer_than_the_window_leaves_a_picture_right(made, name):
 # ---------------------------------------------------------------------- one clear error
 
 
-@pytest.mark.parametrize("name", SEE_EACH_OTHER)
+@pytest.mark.parametrize("name", ["gemma3_multimodal", "gemma4_multimodal"])
 def test_pictures_that_cannot_be_right_are_refused(made, name):
     model = made(name)
     ids, mask = pictured(name, [12, 12])
@@ -516,6 +524,26 @@ def test_an_adapter_of_the_multimodal_class_is_told_from_the_text_only_one(made,
     made("gemma3_multimodal").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"model\.language_model.*model"):
         PeftModel.from_pretrained(tiny("gemma3"), tmp_path)
+
+
+def test_the_pages_snippet_runs(tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "multimodal.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    tiny("gemma3_multimodal").save_pretrained(tmp_path / "base")
+    chat_tokenizer().save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    here = {"google/gemma-3-4b-it": str(tmp_path / "base"), "a short one": "w5 w6", "a longer question": "w7 w8 w9"}
+    for theirs, ours in here.items():
+        assert code.count(f'"{theirs}"') == 1
+        code = code.replace(theirs, ours)
+    names: dict = {}
+    exec(compile(code, "multimodal.md", "exec"), names)
+    model, batch = names["model"].eval(), names["batch"]
+    together = model.generate(**batch, max_new_tokens=5, do_sample=False)
+    for row, real in enumerate(batch["attention_mask"].bool()):
+        own = batch["input_ids"][row][real][None]
+        alone = model.generate(input_ids=own, max_new_tokens=5, do_sample=False)
+        assert torch.equal(together[row, -5:], alone[0, -5:])
 
 
 @needs_transformers_adapter_methods
