@@ -182,7 +182,7 @@ READERS = {
     "patterns.ipynb": patterns_notebook,
     "what_was_selected.ipynb": selection_notebook,
 }
-BY_OTHERS = {"ecosystem.md", "patterns.md", "texts.md", "training.md"}  # test_docs, test_chat_data, test_training_loops
+BY_OTHERS = {"ecosystem.md", "multimodal.md", "patterns.md", "texts.md", "training.md"}  # by other tests
 
 
 @pytest.mark.parametrize("page", list(READERS))
