@@ -38,13 +38,13 @@ def main(arguments: list[str] | None = None) -> None:
 
         print(help_text(command, OPTIONS[command]))
         return
+    # Torch's threads sleep while they wait for each other, and do not spin: beside a busy process spinning is up to a few
+    # hundred times slower (benchmarks/threads). OpenMP reads this when torch is imported, which parsing may do.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         options = parse(command, rest)
     except WrongUseError as error:
         _fail(command, str(error))
-    # Torch's threads sleep while they wait for each other, and do not spin: beside a busy process spinning is up to a few
-    # hundred times slower (benchmarks/threads). OpenMP reads this when torch is imported, which `running` does.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from idp_peft_cli import running
 
     try:

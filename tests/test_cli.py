@@ -54,12 +54,14 @@ def test_threads_sleep_while_they_wait_unless_told_otherwise(given, expected, tm
         "        if name == 'torch':\n"
         "            print('torch sees', os.environ.get('OMP_WAIT_POLICY'))\n"
         "sys.meta_path.insert(0, Watch())\n"
-        "main(['evaluate', '--model', 'nowhere', '--output', 'x.json'])"
+        "main(sys.argv[1:])"
     )
     environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
     environment |= {"PYTHONPATH": str(ROOT), **given}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert f"torch sees {expected}" in done.stdout, done.stderr
+    for command in (["evaluate", "--model", "x", "--output", "y"], ["recover", "--model", "x", "--output_dir", "y"]):
+        call = [sys.executable, "-c", code, *command]
+        done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert f"torch sees {expected}" in done.stdout.splitlines()[0], done.stderr
 
 
 def test_help_answers_within_two_seconds():
