@@ -67,8 +67,8 @@ def _prepared(call: Call, source: torch.Tensor, kwargs: dict) -> dict:
 
 def _kept(layer, part: PromptPart, rows: int) -> Selection | None:
     """What an earlier turn chose: some models drop its cache on the way to the decoder (Phi-3, when a text grows long)."""
-    if part.started_by != layer.signature:
-        return None
+    if part.started_by != layer.signature or len(part.prompt_ids) % rows:
+        return None  # an error on the way in says so
     names = layer.active_config.prompt_names
     return Selection(part.prompt_ids[:: len(part.prompt_ids) // rows], prompt_names=names)
 

@@ -111,7 +111,8 @@ def refuse_continuous_batching(model: nn.Module) -> None:
 def refuse_lost_cache(layer, kwargs: dict, tokens: int) -> None:
     """Raise for a step of `generate` that lost both the cache and the tokens before it."""
     call, mask = calls.current_call(layer), kwargs.get("attention_mask")
-    if call is not None and call.generating and call.seen and mask is not None and mask.shape[-1] > tokens:
+    covers_more = isinstance(mask, torch.Tensor) and mask.shape[-1] > tokens
+    if call is not None and call.generating and call.seen and covers_more:
         raise ValueError(
             f"`generate` of {type(layer.model).__name__} dropped the cache and passed {tokens} of {mask.shape[-1]} tokens, as "
             "Phi-3 does in transformers 5.0 where its rotary frequencies change: use a newer transformers, or texts that "

@@ -126,10 +126,10 @@ def run_proxy(
 
 def _origin(text: str) -> str:
     """An origin as a browser sends it: in small letters, without the scheme's usual port."""
-    text = text.lower()
-    if text != "*" and not re.fullmatch(r"https?://[^/?#@\s]+", text):
+    if text != "*" and not re.fullmatch(r"https?://[^/?#@\s]+", text, re.IGNORECASE):
         raise ValueError(
             "`allow_origins` must hold origins like https://chat.example.org (a scheme, a host and perhaps a port, nothing "
             f"behind them), or '*' for all, got {text!r}"
         )
+    text = text.lower()
     return text.removesuffix(":443" if text.startswith("https:") else ":80")
