@@ -52,7 +52,8 @@ def reaches(decoder: nn.Module) -> list[Reach]:
         size = getattr(cache_layer, "sliding_window", None)
         chunked = kinds[layer] == "chunked_attention" if kinds else every_layer_chunked
         found.append(Reach(chunk=size) if chunked else Reach(window=size))
-    return found
+    # Layers that read the keys of earlier ones keep none in transformers 5.0; those with a window say so when they attend.
+    return found + [EVERYTHING] * (config.num_hidden_layers - len(found))
 
 
 def masks_by_reach(decoder: nn.Module) -> bool:

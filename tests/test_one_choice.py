@@ -253,7 +253,7 @@ WAYS = {
 
 
 # What transformers 5.0 cannot do with the base alone.
-SLIDING = ("mistral_small_window", "gemma2", "gemma3")
+SLIDING = ("mistral_small_window", "gemma2", "gemma3", "gemma3_multimodal", "gemma3n")
 LIMITS = {
     **{(name, "generate with drafted tokens"): "it cannot crop a sliding window that is full" for name in SLIDING},
     ("phi3_longrope", "generate with drafted tokens"): "it loses the cache where the frequencies change",
