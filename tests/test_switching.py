@@ -58,7 +58,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
 @pytest.mark.parametrize("way", list(WAYS))
 def test_a_generate_keeps_the_adapter_it_began_with(way, name, two):
     model = two(name)
