@@ -287,7 +287,7 @@ def wait_until(holds) -> None:
 
 @pytest.mark.parametrize("sent", [b"", b"POST /bo", POST + b"content-length: 10\r\n\r\n"])
 def test_above_the_limit_those_that_have_owed_a_request_for_longest_go(sent):
-    with serving(max_connections=8) as server, contextlib.ExitStack() as stack:
+    with serving(max_connections=8, client_timeout=600) as server, contextlib.ExitStack() as stack:
         opened = []
         for _ in range(30):
             opened.append(stack.enter_context(open_to(server)))
