@@ -285,16 +285,24 @@ def wait_until(holds) -> None:
         time.sleep(0.01)
 
 
+def is_closed(connection: socket.socket) -> bool:
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+
+
 @pytest.mark.parametrize("sent", [b"", b"POST /bo", POST + b"content-length: 10\r\n\r\n"])
-def test_above_the_limit_those_that_have_owed_a_request_for_longest_go(sent):
+def test_above_the_limit_those_that_owe_a_request_go(sent):
     with serving(max_connections=8, client_timeout=600) as server, contextlib.ExitStack() as stack:
         opened = []
         for _ in range(30):
             opened.append(stack.enter_context(open_to(server)))
             opened[-1].sendall(sent)
-        wait_until(lambda: count(server) <= 8)
-        for connection in opened[:20]:
-            assert until_closed(connection) == b""
+        wait_until(lambda: sum(map(is_closed, opened)) == 22)  # which of those that came at once is the kernel's choice
         with client(server.url) as http:
             for _ in range(20):
                 assert http.get("/short").status_code == 200
