@@ -80,7 +80,7 @@ def brute_force_scores(
     """Promise 3's right-hand side: all prompts before the input in one pass of the plain eager model, under an explicit
     block mask, read from the attention weights the model itself reports. Rows one by one, unpadded: `[rows, M]`.
 
-    `of_decoder` is what the model gives its decoder for one unpadded row with pictures: embeddings and masks by kind.
+    `of_decoder` is what the model gives its decoder for one unpadded row with pictures: embeddings, masks, positions.
     """
     return torch.stack(
         [
@@ -132,9 +132,13 @@ def _row_scores(model, base, ids, context, layer, reduction, of_decoder=None):
         alibi = (slopes[:, None] * positions)[:, None]  # [heads, 1, keys]
         decoder.build_alibi_tensor = lambda *_, **__: alibi
     if of_decoder is not None:
+        theirs = of_decoder["attention_mask"]
         for kind, mask in attention_mask.items() if isinstance(attention_mask, dict) else [(None, attention_mask)]:
-            theirs = of_decoder["attention_mask"]
-            mask[..., total:, total:] = theirs if kind is None else theirs[kind]
+            if isinstance(theirs, dict) or theirs.ndim == 4:
+                mask[..., total:, total:] = theirs if kind is None else theirs[kind]
+        if of_decoder.get("position_ids") is not None and of_decoder["position_ids"].ndim == 3:
+            front = positions[:total].expand(3, 1, -1)
+            extra["position_ids"] = torch.cat([front, of_decoder["position_ids"][-3:] + longest], dim=-1)
         ids = torch.where(ids == 1, 0, ids)  # of a picture, the padding token's part is looked up
     if looks_up_in_layers(decoder):
         looked_up = decoder.get_per_layer_inputs(torch.cat([torch.zeros(total, dtype=torch.long), ids])[None])

@@ -372,7 +372,7 @@ def test_generation_from_padded_rows_with_pictures_equals_each_row_alone(made, n
         assert difference(own[0, 0], first) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", SEE_EACH_OTHER)
+@pictures
 @pytest.mark.parametrize("layer", [0, 1])
 def test_the_choice_sees_a_picture_as_the_model_does(made, name, layer):
     model, base = made(name, selection_layer=layer), tiny(name, "eager")
