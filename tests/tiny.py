@@ -299,6 +299,28 @@ CHANGING_ROTARY = {
         tf.LlamaForCausalLM,
         {**_ROPE, "max_position_embeddings": 12, "rope_parameters": _DYNAMIC},
     ),
+    "llama_longrope": (tf.LlamaConfig, tf.LlamaForCausalLM, {**_ROPE, "rope_parameters": _LONG}),
+    "falcon_dynamic": (
+        tf.FalconConfig,
+        tf.FalconForCausalLM,
+        {**_MHA, "alibi": False, "multi_query": True, "max_position_embeddings": 12, "rope_parameters": _DYNAMIC},
+    ),
+    "gemma3_dynamic": (
+        tf.Gemma3TextConfig,
+        tf.Gemma3ForCausalLM,
+        {
+            **_ROPE,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "max_position_embeddings": 12,
+            "sliding_window": 60,
+            "layer_types": _LAYERS,
+            "rope_parameters": {
+                "full_attention": _DYNAMIC,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
 }
 ARCHITECTURES_AND_MORE = {**ARCHITECTURES, **CHANGING_ROTARY, **AROUND_A_DECODER, **PREFIX}
 NAMES = list(ARCHITECTURES)
