@@ -23,7 +23,7 @@ RANDOM_1B = dict(
 def load_base(name: str):
     """`"default"`, a folder, a hub id, or `"random-1b"`; float32 on a CPU, the first GPU where there is one."""
     if name != "random-1b":
-        from idp_peft.loading import load_model
+        from idp_peft.models.loading import load_model
 
         return load_model(name, for_training=True)
     import torch
@@ -141,7 +141,7 @@ class Record:
 
     def add(self, **turn) -> None:
         """Keep one turn: what was measured (`case`, `contestant`, `repetition`), and its numbers."""
-        from idp_peft.whole_file import write_whole
+        from idp_peft.files.whole_file import write_whole
 
         self.content["turns"].append(turn)
         self._done.add(self._key(turn))

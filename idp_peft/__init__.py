@@ -6,6 +6,7 @@ Importing this package registers the method with PEFT and changes nothing else.
 import importlib
 
 from idp_peft.config import IDPConfig, IDPPeftType
+from idp_peft.hub.peft_model import OURS
 from idp_peft.model import IDPModel
 from idp_peft.registration import register
 from idp_peft.selection import Selection
@@ -13,7 +14,7 @@ from idp_peft.selection import Selection
 __version__ = "0.1.0"
 # What is done with an adapter, name -> the module that holds it: imported when first used.
 _ON_USE = {
-    "load": "loading",
+    "load": "models.loading",
     "compose": "composition",
     "split": "composition",
     "selection_report": "analysis",
@@ -22,6 +23,7 @@ _ON_USE = {
 __all__ = ["IDPConfig", "IDPModel", "IDPPeftType", "Selection", *_ON_USE]
 
 register()
+IDPModel.peft_model_classes.update(OURS)
 
 
 def __getattr__(name: str):

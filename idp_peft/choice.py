@@ -7,12 +7,13 @@ from dataclasses import replace
 import torch
 
 from idp_peft import call as calls
-from idp_peft.decoder import has_changing_rotary, rotary_length
-from idp_peft.host_loop import in_training, labels_of_step
-from idp_peft.input_checks import real_tokens
-from idp_peft.outer_model import read_by_choice
+from idp_peft.hosting.architectures import has_changing_rotary, rotary_length
+from idp_peft.hosting.checks import real_tokens
+from idp_peft.hosting.outer_model import read_by_choice
+from idp_peft.hosting.prompt_ids import AUTO, CHOOSES, check_prompt_ids
+from idp_peft.hosting.sharding import place_in_batch
+from idp_peft.hosting.trainers import in_training, labels_of_step
 from idp_peft.probe import attention_at_layer
-from idp_peft.prompt_ids import AUTO, CHOOSES, check_prompt_ids
 from idp_peft.random_choice import choose_random
 from idp_peft.selection import (
     Selection,
@@ -20,7 +21,6 @@ from idp_peft.selection import (
     deal_evenly,
     scores_from_attention,
 )
-from idp_peft.sharding import place_in_batch
 
 
 def prompts_for(layer, kwargs: dict, real: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from peft import PeftConfig, TaskType
 
-from idp_peft.prompt_ids import AUTO, number_of
+from idp_peft.hosting.prompt_ids import AUTO, number_of
 
 
 class IDPPeftType(str, enum.Enum):
@@ -128,7 +128,7 @@ class IDPConfig(PeftConfig):
         from_file = type(self.peft_type) is str
         self.peft_type = IDPPeftType.IDP
         if str(self.base_model_name_or_path).endswith(".gguf"):  # PEFT's auto classes would fail without saying why
-            from idp_peft.loading import refuse_auto_class
+            from idp_peft.models.loading import refuse_auto_class
 
             refuse_auto_class(self.base_model_name_or_path)
         if from_file:

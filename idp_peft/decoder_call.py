@@ -11,8 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 from idp_peft import call as calls
 from idp_peft.choice import prompts_for
-from idp_peft.concatenation import Concatenation, keep_last
-from idp_peft.decoder import (
+from idp_peft.hosting.architectures import (
     by_name,
     cache_name,
     find_blocks,
@@ -29,8 +28,7 @@ from idp_peft.decoder import (
     shares_keys_in_cache,
     with_cache,
 )
-from idp_peft.host_loop import frames_of_generate
-from idp_peft.input_checks import (
+from idp_peft.hosting.checks import (
     check_room,
     checked_inputs,
     checked_mask,
@@ -44,14 +42,16 @@ from idp_peft.input_checks import (
     refuse_shared_keys_without_cache,
     refuse_without_own_generate,
 )
-from idp_peft.outer_model import is_made_by_model, take_back
-from idp_peft.per_layer_inputs import NAME, has_per_layer_inputs, of_input, of_prompts_beside_input
+from idp_peft.hosting.concatenation import Concatenation, keep_last
+from idp_peft.hosting.input_cache import PromptPart, adopt, decoder_view, is_prompted, stores_exactly
+from idp_peft.hosting.outer_model import is_made_by_model, take_back
+from idp_peft.hosting.per_layer_inputs import NAME, has_per_layer_inputs, of_input, of_prompts_beside_input
+from idp_peft.hosting.prompt_ids import CHOOSES, check_prompt_ids
+from idp_peft.hosting.reach import distances_from_slots
+from idp_peft.hosting.sharding import unwrapped
+from idp_peft.hosting.trainers import frames_of_generate
 from idp_peft.prompt_cache import check_finite
-from idp_peft.prompt_ids import CHOOSES, check_prompt_ids
-from idp_peft.prompted_cache import PromptPart, adopt, decoder_view, is_prompted, stores_exactly
-from idp_peft.reach import distances_from_slots
 from idp_peft.selection import Selection
-from idp_peft.sharding import unwrapped
 
 
 @dataclass

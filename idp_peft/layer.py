@@ -13,9 +13,9 @@ from torch import nn
 
 from idp_peft.call import current_call, internal_run
 from idp_peft.config import IDPConfig
-from idp_peft.decoder import embedding_dtype, embedding_width, find_blocks, keeps_rotary
 from idp_peft.decoder_call import DecoderCall
-from idp_peft.input_checks import refuse_continuous_batching
+from idp_peft.hosting.architectures import embedding_dtype, embedding_width, find_blocks, keeps_rotary
+from idp_peft.hosting.checks import refuse_continuous_batching
 from idp_peft.model_call import ModelCall
 from idp_peft.probe import first_layers
 from idp_peft.prompt_bank import PromptBank, initial_tokens

@@ -10,14 +10,14 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from idp_peft.call import undisturbed
-from idp_peft.checkpoint import check_place, check_shapes, check_weights
 from idp_peft.config import IDPConfig
-from idp_peft.decoder import check_selection_layer, embedding_width, find_decoder
-from idp_peft.generation import generate
+from idp_peft.hosting.architectures import check_selection_layer, embedding_width, find_decoder
+from idp_peft.hosting.call_stack import peft_model_under_construction
+from idp_peft.hosting.checkpoint import check_place, check_shapes, check_weights
+from idp_peft.hosting.generation import generate
+from idp_peft.hosting.promptable import check_promptable
 from idp_peft.layer import IDPLayer
-from idp_peft.peft_model import adopt
 from idp_peft.prompt_bank import text_token_ids
-from idp_peft.promptable import check_promptable
 from idp_peft.selection import Selection
 
 _CHILD = "idp"
@@ -47,10 +47,14 @@ class IDPModel(BaseTuner):
     prefix = "idp_"
     tuner_layer_cls = IDPLayer
     target_module_mapping: dict[str, list[str]] = {}
+    # PEFT's own classes -> those that stand in for them where the adapter is IDP's: filled by `idp_peft/__init__.py`.
+    peft_model_classes: dict[type, type] = {}
 
     def __init__(self, model: nn.Module, *args, **kwargs) -> None:
         super().__init__(model, *args, **kwargs)
-        adopt(sys._getframe(1))
+        wrapper = peft_model_under_construction(sys._getframe(1))
+        if wrapper is not None:
+            wrapper.__class__ = self.peft_model_classes.get(type(wrapper), type(wrapper))
 
     # ------------------------------------------------------------------ injection
 

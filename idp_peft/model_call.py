@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from idp_peft import call as calls
-from idp_peft.decoder import by_name
-from idp_peft.host_loop import compares_answers, in_training, labels_of_step
-from idp_peft.outer_model import marked_as_text
+from idp_peft.hosting.architectures import by_name
+from idp_peft.hosting.outer_model import marked_as_text
+from idp_peft.hosting.trainers import compares_answers, in_training, labels_of_step
 
 _OWN = ("prompt_ids", "selection_mask")
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, DynamicCache
 
-from idp_peft.decoder import (
+from idp_peft.hosting.architectures import (
     cache_name,
     check_selection_layer,
     find_attention,
@@ -28,11 +28,11 @@ from idp_peft.decoder import (
     keeps_rotary,
     uses_interface,
 )
+from idp_peft.hosting.reach import EVERYTHING, Reach, masks_by_reach, reaches
+from idp_peft.hosting.ready_masks import masks_for_decoder
+from idp_peft.hosting.sharding import gather_around, plain_class, unwrapped
 from idp_peft.prompt_cache import PromptCache
-from idp_peft.reach import EVERYTHING, Reach, masks_by_reach, reaches
-from idp_peft.ready_masks import masks_for_decoder
 from idp_peft.selection import AttentionLayer, BlockMask, attention_on_prompts, sum_by_prompt
-from idp_peft.sharding import gather_around, plain_class, unwrapped
 
 _IMPLEMENTATION = "idp_probe"
 _HOOK_TABLES = (

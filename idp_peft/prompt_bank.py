@@ -9,7 +9,7 @@ from peft.utils.integrations import gather_params_ctx
 from torch import nn
 
 from idp_peft.config import IDPConfig
-from idp_peft.sharding import is_sharded, whole_shape
+from idp_peft.hosting.sharding import is_sharded, whole_shape
 
 
 class PromptBank(nn.Embedding):

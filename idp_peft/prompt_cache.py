@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from idp_peft.decoder import cache_name, forward_parameters
-from idp_peft.per_layer_inputs import of_prompts_alone
+from idp_peft.hosting.architectures import cache_name, forward_parameters
+from idp_peft.hosting.per_layer_inputs import of_prompts_alone
+from idp_peft.hosting.sharding import gathers
 from idp_peft.prompt_bank import PromptBank
-from idp_peft.sharding import gathers
 
 
 @dataclass(frozen=True)

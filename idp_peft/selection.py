@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from idp_peft.reach import EVERYTHING, Reach
+from idp_peft.hosting.reach import EVERYTHING, Reach
 
 # Attention logits of this many elements are held at once (64 MiB in float32).
 _CHUNK_ELEMENTS = 2**24

@@ -31,7 +31,7 @@ def run(command: str, options, *more) -> None:
 
 def _compress(options) -> None:
     from idp_peft.compression import compress
-    from idp_peft.text_data import load_texts
+    from idp_peft.texts.data import load_texts
 
     texts = load_texts(options.dataset, options.dataset_split, options.text_column, options.dataset_config)
     note = compress(

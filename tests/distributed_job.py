@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from idp_peft import IDPConfig
-from idp_peft.decoder import find_blocks
+from idp_peft.hosting.architectures import find_blocks
 from tests.tiny import tiny
 
 # accelerate 1.12 (and transformers 5.0 with it) restores optimizers to "cpu:0", a place that torch does not know, and under

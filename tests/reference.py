@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from idp_peft.decoder import cache_name, find_decoder, forward_parameters, given_cache
+from idp_peft.hosting.architectures import cache_name, find_decoder, forward_parameters, given_cache
 
 
 def bank_of(model, name="default"):

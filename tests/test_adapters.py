@@ -25,7 +25,7 @@ from transformers import (
 
 from idp_peft import IDPConfig
 from idp_peft.choice import select
-from idp_peft.decoder import find_decoder
+from idp_peft.hosting.architectures import find_decoder
 from tests.hosts import needs_transformers_adapter_methods
 from tests.reference import bank_of, concatenated_logits
 from tests.tiny import NAMES, tiny, token_batch
@@ -391,7 +391,7 @@ def hub(saved, monkeypatch):
             raise EntryNotFoundError(filename)
         return str(path)
 
-    for module in ("peft.config", "idp_peft.checkpoint", "peft.utils.save_and_load"):
+    for module in ("peft.config", "idp_peft.hosting.checkpoint", "peft.utils.save_and_load"):
         monkeypatch.setattr(f"{module}.hf_hub_download", download)
     monkeypatch.setattr(
         "peft.utils.save_and_load.file_exists", lambda repo_id, filename, **_: (folder / filename).exists()

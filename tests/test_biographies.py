@@ -221,8 +221,8 @@ def few(monkeypatch, tmp_path):
 
 
 def test_a_repair_changes_answers_and_leaves_the_base_as_it_was(few, monkeypatch):
-    from idp_peft.fingerprint import fingerprint
-    from idp_peft.loading import load_model
+    from idp_peft.models.fingerprint import fingerprint
+    from idp_peft.models.loading import load_model
 
     dense = few.base(plan.DENSE)
     assert dense["made"]["losses"][-1] < dense["made"]["losses"][0] - 0.5

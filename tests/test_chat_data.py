@@ -14,8 +14,8 @@ from idp_peft.evaluation.documents import cut_texts, score_documents
 from idp_peft.recover import recover
 from idp_peft.recover.adapter import starting_texts
 from idp_peft.recover.training import training_examples
-from idp_peft.text_data import blocks, load_texts
 from idp_peft.texts.chats import Chat, assistant_only
+from idp_peft.texts.data import blocks, load_texts
 from idp_peft_cli.parsing import parse
 from tests.tiny import tiny
 from tests.tokenizers_in_use import BOS, EOS, make

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from idp_peft.compression import RECIPES, compress
 from idp_peft.compression.calibration import calibration_chunks
 from idp_peft.compression.measure import check_result
-from idp_peft.gradient_probe import probe_gradients
+from idp_peft.models.gradient_probe import probe_gradients
 from tests.tiny_folder import tiny_folder, tiny_texts, tiny_tokenizer
 
 FEW = {"calibration_samples": 16, "calibration_tokens": 24, "group_size": 16}
@@ -103,7 +103,7 @@ def test_sparsegpt_prunes_half_of_every_layer(dense, name, recipe):
 @needs_llmcompressor
 def test_the_folder_computes_what_was_compressed(dense):
     """Loaded plainly, and by `load_model`: the same logits, near the dense model's."""
-    from idp_peft.loading import load_model
+    from idp_peft.models.loading import load_model
 
     compress("llama", "gptq-4bit", "out", tiny_texts(), **FEW)
     ids = torch.randint(2, 97, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -182,7 +182,7 @@ def test_rounding_through_torchao_needs_no_text_and_loads_plainly(dense):
 def test_gptqmodel_writes_packed_gptq_files_that_train_only_when_loaded_for_it(dense, bits):
     from transformers import LlamaForCausalLM
 
-    from idp_peft.loading import load_model
+    from idp_peft.models.loading import load_model
     from tests.tiny import tiny
 
     # It packs blocks of 32.

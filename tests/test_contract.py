@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from idp_peft.decoder import find_decoder, shares_keys_in_cache
+from idp_peft.hosting.architectures import find_decoder, shares_keys_in_cache
 from tests.reference import bank_of, brute_force_scores, concatenated_logits, plain_concatenated_logits
 from tests.tiny import CHANGING_ROTARY, LEARNED_POSITIONS, NAMES, VOCAB, tiny, token_batch
 

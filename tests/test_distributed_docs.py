@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
-from idp_peft.sharding import is_spread
+from idp_peft.hosting.sharding import is_spread
 
 DOCS = Path(__file__).parents[1] / "docs"
 CONFIGS = sorted((DOCS / "distributed").glob("*.yaml"))

@@ -187,7 +187,7 @@ def check(command: list[str]) -> None:
         return
     from idp_peft.evaluation.harness_arguments import check_arguments
 
-    assert program == "lm_eval" or (program, *words[:2]) == ("python", "-m", "idp_peft.lm_eval"), program
+    assert program == "lm_eval" or (program, *words[:2]) == ("python", "-m", "idp_peft.evaluation.lm_eval"), program
     from lm_eval._cli import HarnessCLI
 
     words = ["run", *words] if program == "lm_eval" else ["run", *words[2:]]
@@ -210,7 +210,7 @@ def test_the_commands_of_a_page_are_ones_that_the_command_lines_take(page):
     [
         "idp-peft push --adapter a --repo_id me/it",
         "idp-peft upload --adapter a",
-        "python -m idp_peft.lm_eval --model idp --model_args pretrained=a,adapter=b --tasks hellaswag",
+        "python -m idp_peft.evaluation.lm_eval --model idp --model_args pretrained=a,adapter=b --tasks hellaswag",
         "lm_eval --model idp --model_arguments pretrained=a --tasks hellaswag",
         "lm-eval --model hf",
     ],

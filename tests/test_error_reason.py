@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from idp_peft.error_reason import missing, reason
+from idp_peft.files.error_reason import missing, reason
 
 ROOT = "the disk is full"
 
@@ -92,7 +92,7 @@ def test_a_library_that_is_there_and_broken_is_not_called_missing():
 def a_model(monkeypatch, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from idp_peft.loading import load_model
+    from idp_peft.models.loading import load_model
     from tests.tiny_folder import tiny_folder
 
     folder = tiny_folder(tmp_path / "model")
@@ -103,7 +103,7 @@ def a_model(monkeypatch, tmp_path):
 def a_tokenizer(monkeypatch, tmp_path):
     from transformers import AutoTokenizer
 
-    from idp_peft.loading import load_tokenizer
+    from idp_peft.models.loading import load_tokenizer
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", raising)
     load_tokenizer("some/model")
@@ -161,7 +161,7 @@ def a_task_of_the_harness(monkeypatch, tmp_path):
 
 def a_dataset(monkeypatch, tmp_path):
     datasets = pytest.importorskip("datasets")
-    from idp_peft.text_data import load_texts
+    from idp_peft.texts.data import load_texts
 
     monkeypatch.setattr(datasets, "load_dataset", raising)
     load_texts("some/dataset")
@@ -169,7 +169,7 @@ def a_dataset(monkeypatch, tmp_path):
 
 def a_dataset_on_disk(monkeypatch, tmp_path):
     datasets = pytest.importorskip("datasets")
-    from idp_peft.text_data import load_texts
+    from idp_peft.texts.data import load_texts
 
     (tmp_path / "state.json").write_text(json.dumps({}))
     monkeypatch.setattr(datasets, "load_from_disk", raising)
@@ -177,7 +177,7 @@ def a_dataset_on_disk(monkeypatch, tmp_path):
 
 
 def a_gradient(monkeypatch, tmp_path):
-    from idp_peft import gradient_probe
+    from idp_peft.models import gradient_probe
     from tests.tiny import tiny
 
     monkeypatch.setattr(gradient_probe, "_severed", raising)
@@ -185,7 +185,7 @@ def a_gradient(monkeypatch, tmp_path):
 
 
 def the_library_of_datasets(monkeypatch, tmp_path):
-    from idp_peft.text_data import load_texts
+    from idp_peft.texts.data import load_texts
 
     plain = builtins.__import__
 

@@ -8,8 +8,8 @@ import zipfile
 import pytest
 import torch
 
-from idp_peft import assets
 from idp_peft.evaluation import ChunkScores, chunk_documents, score_chunks
+from idp_peft.offline import assets
 from tests.test_adapters import word_tokenizer
 from tests.tiny import tiny, token_batch
 

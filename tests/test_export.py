@@ -11,7 +11,7 @@ from peft import PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from idp_peft.loading import load_model
+from idp_peft.models.loading import load_model
 from idp_peft.serving import ExportedModel, export_to_vocab
 from idp_peft.serving.tensor_files import read_header, weight_files
 from idp_peft_cli import main

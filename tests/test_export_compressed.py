@@ -12,7 +12,7 @@ pytest.importorskip("llmcompressor", reason="llm-compressor is not installed")
 
 from idp_peft import IDPConfig
 from idp_peft.compression import compress
-from idp_peft.loading import load_model
+from idp_peft.models.loading import load_model
 from idp_peft.serving import ExportedModel, Router, export_to_vocab
 from idp_peft.serving.tensor_files import read_header
 from tests.test_compression import FEW

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import Trainer
 
-from idp_peft.folder_lock import alone_in, hold, is_free
+from idp_peft.files.folder_lock import alone_in, hold, is_free
+from idp_peft.files.whole_folder import whole_folder
 from idp_peft.recover.checkpoints import MARKER, is_whole, last_whole_checkpoint
-from idp_peft.whole_folder import whole_folder
 from idp_peft_cli import main
 from tests.test_recover import flags, here, run, same, weights  # noqa: F401  (`here` is a fixture)
 from tests.tiny_folder import tiny_folder, tiny_texts
@@ -220,7 +220,7 @@ def test_a_run_does_not_go_on_with_other_inputs(name, here, monkeypatch):  # noq
 # ---------------------------------------------------------------------- two at once, and what was left behind
 
 _HOLD = (
-    "import sys, pathlib; from idp_peft.folder_lock import hold\n"
+    "import sys, pathlib; from idp_peft.files.folder_lock import hold\n"
     "assert hold(pathlib.Path(sys.argv[1])) is not None; print('held', flush=True); sys.stdin.read()"
 )
 

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from idp_peft import IDPConfig
-from idp_peft.fingerprint import fingerprint
+from idp_peft.models.fingerprint import fingerprint
 from tests.tiny import tiny
 
 TRIES = int(os.environ.get("IDP_FUZZ", 120))

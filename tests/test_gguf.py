@@ -15,9 +15,9 @@ import idp_peft
 from idp_peft import IDPConfig
 from idp_peft.composition.base_skeleton import skeleton
 from idp_peft.evaluation.description import describe
-from idp_peft.fingerprint import fingerprint
 from idp_peft.hub.base_model import base_of
-from idp_peft.loading import load_model, load_tokenizer
+from idp_peft.models.fingerprint import fingerprint
+from idp_peft.models.loading import load_model, load_tokenizer
 from idp_peft.prompt_bank import text_token_ids
 from idp_peft.recover.methods import METHODS
 from idp_peft.serving import ExportedModel, Router
@@ -228,7 +228,7 @@ def test_the_harness_takes_it_by_name_and_by_the_adapter_alone(here, expected):
     pytest.importorskip("lm_eval")
     from lm_eval.api.registry import get_model
 
-    import idp_peft.lm_eval  # noqa: F401
+    import idp_peft.evaluation.lm_eval  # noqa: F401
 
     for names in ({}, {"pretrained": BASE}, {"pretrained": "models", "gguf_file": "tiny.gguf"}):
         lm = get_model("idp")(**names, peft="run/adapter", device="cpu")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from idp_peft.fingerprint import fingerprint
-from idp_peft.gradient_probe import probe_gradients
+from idp_peft.models.fingerprint import fingerprint
+from idp_peft.models.gradient_probe import probe_gradients
 from tests.tiny import NAMES, tiny
 
 

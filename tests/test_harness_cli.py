@@ -28,12 +28,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model, model_registry
 from lm_eval.tasks import TaskManager
 
-import idp_peft.lm_eval
+import idp_peft.evaluation.lm_eval
 from idp_peft.evaluation import HarnessModel, score_tasks, task_data
 from idp_peft.evaluation.harness_type import register_model_type
 from idp_peft.evaluation.local_task import FOLDER
 from idp_peft.evaluation.tasks import LOCAL_TASKS
-from idp_peft.loading import load_model, load_tokenizer
+from idp_peft.models.loading import load_model, load_tokenizer
 
 _TEMPLATE = "{% for message in messages %}w2 {{ message['content'] }} w3 {% endfor %}{% if add_generation_prompt %}w4 {% endif %}"
 _LOCAL = ("arc_easy", "winogrande", "boolq", "lambada", "triviaqa")
@@ -159,7 +159,15 @@ def test_the_launcher_gives_exactly_what_the_evaluation_in_memory_gives(here):
     pytest.importorskip("evaluate", reason="evaluate is not installed")
     local = [f"local_{name}" for name in _LOCAL]
     run(
-        *(sys.executable, "-m", "idp_peft.lm_eval", "--model", "idp", "--model_args", "pretrained=base,peft=adapter"),
+        *(
+            sys.executable,
+            "-m",
+            "idp_peft.evaluation.lm_eval",
+            "--model",
+            "idp",
+            "--model_args",
+            "pretrained=base,peft=adapter",
+        ),
         *("--tasks", ",".join(local), "tiny_mc", "tiny_roll", "--include_path", "tasks", "--batch_size", 4),
         *("--output_path", "out", "--log_samples"),
         folder=here,
@@ -228,7 +236,7 @@ def test_the_harness_own_executable_knows_the_type_where_our_file_is_among_its_t
 def test_the_launchers_help_is_the_harness_own(monkeypatch, capsys):
     from lm_eval.__main__ import cli_evaluate
 
-    from idp_peft.lm_eval import main
+    from idp_peft.evaluation.lm_eval import main
 
     for words in (["--help"], ["run", "--help"], ["ls", "--help"], ["validate", "--help"]):
         shown = []
@@ -410,7 +418,7 @@ def test_a_wrong_argument_is_named_in_one_line(here, model_args, text):
 
 
 def launcher_error(monkeypatch, *words: str) -> str:
-    from idp_peft.lm_eval import main
+    from idp_peft.evaluation.lm_eval import main
 
     monkeypatch.setattr(sys, "argv", ["lm_eval", *words])
     with pytest.raises(SystemExit) as stopped:
@@ -446,7 +454,7 @@ def test_adapters_that_choose_nothing_are_left_to_the_harness_under_other_model_
         "argv",
         ["lm_eval", "--model", "hf", "--model_args", f"pretrained=base,peft={adapter}", "--tasks", "tiny_mc"],
     )
-    from idp_peft.lm_eval import main
+    from idp_peft.evaluation.lm_eval import main
 
     main()
     (arguments,) = handed

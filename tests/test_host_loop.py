@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from idp_peft.host_loop import labels_of_step
+from idp_peft.hosting.trainers import labels_of_step
 from tests.tiny import tiny
 from tests.tiny_folder import tiny_tokenizer
 

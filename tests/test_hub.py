@@ -17,8 +17,8 @@ from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 
 from idp_peft import IDPConfig
 from idp_peft.hub.adapter_folder import push_adapter
+from idp_peft.hub.peft_model import IDPPeftModel, IDPPeftModelForCausalLM
 from idp_peft.hub.push import PushError
-from idp_peft.peft_model import IDPPeftModel, IDPPeftModelForCausalLM
 from tests.hosts import needs_transformers_adapter_methods
 from tests.hub_server import TOKEN, HubServer, metadata_errors, only_hub
 from tests.tiny import tiny

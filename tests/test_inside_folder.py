@@ -7,8 +7,8 @@ import os
 
 import pytest
 
+from idp_peft.files.inside_folder import files_inside, inside, plain_name
 from idp_peft.hub.adapter_folder import push_adapter
-from idp_peft.inside_folder import files_inside, inside, plain_name
 from idp_peft.serving import ExportedModel, export_to_vocab
 from idp_peft.serving.tensor_files import INDEX
 from tests.tiny_serving import saved

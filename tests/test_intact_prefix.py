@@ -10,7 +10,7 @@ from peft import PrefixTuningConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from idp_peft.evaluation.prompted import input_logits
-from idp_peft.fingerprint import fingerprint
+from idp_peft.models.fingerprint import fingerprint
 from idp_peft.recover.adapter import opening
 from idp_peft.recover.intact_prefix import intact_prefix, start_prefix
 from tests.test_recover import here, run, weights  # noqa: F401  (`here` is a fixture)

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 import idp_peft
 from idp_peft import IDPConfig
-from idp_peft.fingerprint import fingerprint
-from idp_peft.gradient_probe import probe_gradients
-from idp_peft.loading import accepted_by_trainer, load_model, load_tokenizer
+from idp_peft.models.fingerprint import fingerprint
+from idp_peft.models.gradient_probe import probe_gradients
+from idp_peft.models.loading import accepted_by_trainer, load_model, load_tokenizer
 from tests.tiny import tiny, token_batch
 from tests.tiny_folder import tiny_folder
 from tests.tiny_gguf import tiny_gguf

@@ -20,7 +20,7 @@ from transformers import DynamicCache, Trainer, TrainingArguments
 
 import idp_peft
 from idp_peft import IDPConfig
-from idp_peft.decoder import cache_name, find_decoder
+from idp_peft.hosting.architectures import cache_name, find_decoder
 from tests.hosts import needs_transformers_adapter_methods
 from tests.reference import (
     bank_of,

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 import idp_peft
 from idp_peft import IDPConfig
 from idp_peft.evaluation.prompted import pad_right
-from idp_peft.loading import load_tokenizer
+from idp_peft.models.loading import load_tokenizer
 from idp_peft.recover.training import collate, training_examples
 from idp_peft.serving import Router, export_to_vocab
 from tests.tiny import tiny, token_batch

@@ -16,7 +16,7 @@ from idp_peft import IDPConfig
 from idp_peft.analysis import PatternComparison, compare_patterns, record_patterns
 from idp_peft.analysis.cka import Moments, cka
 from idp_peft.analysis.similarity import jensen_shannon
-from idp_peft.decoder import find_blocks, find_decoder, forward_parameters
+from idp_peft.hosting.architectures import find_blocks, find_decoder, forward_parameters
 from tests.reference import prompts_of
 from tests.test_compressed_bases import three_bit, words
 from tests.tiny import tiny

@@ -213,7 +213,7 @@ def test_a_hub_adapter_is_asked_for_at_its_revision(tmp_path, monkeypatch):
         asked.add((repo, revision))
         return str(tmp_path / filename)
 
-    for module in ("peft.config", "peft.peft_model", "idp_peft.checkpoint", "peft.utils.save_and_load"):
+    for module in ("peft.config", "peft.peft_model", "idp_peft.hosting.checkpoint", "peft.utils.save_and_load"):
         if hasattr(__import__(module, fromlist=["x"]), "hf_hub_download"):
             monkeypatch.setattr(f"{module}.hf_hub_download", download)
     monkeypatch.setattr("peft.utils.save_and_load.file_exists", lambda **names: (tmp_path / names["filename"]).exists())

@@ -13,7 +13,7 @@ from transformers import DynamicCache, Trainer, TrainingArguments
 
 from idp_peft.evaluation.chunks import score_chunks
 from idp_peft.evaluation.prompted import check_prompt_id
-from idp_peft.prompt_ids import check_prompt_ids
+from idp_peft.hosting.prompt_ids import check_prompt_ids
 from tests.reference import bank_of, concatenated_logits
 from tests.tiny import tiny, token_batch
 

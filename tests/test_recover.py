@@ -17,7 +17,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from idp_peft.fingerprint import fingerprint
+from idp_peft.models.fingerprint import fingerprint
 from idp_peft.recover import recover
 from idp_peft.recover.distillation import forward_kl
 from idp_peft.recover.methods import lora_parameters_per_rank, nearest_lora, prefix_parameters_per_token
@@ -67,7 +67,7 @@ def run(output: str = "run", **changes) -> Path:
 
 
 def test_the_packaged_model_can_be_repaired_from_openings_of_its_text(here, monkeypatch):
-    from idp_peft import assets
+    from idp_peft.offline import assets
 
     monkeypatch.setattr(assets, "default_model", lambda: here / "model")
     named, by_folder = run("a", model="default", max_steps=1), run("b", max_steps=1)

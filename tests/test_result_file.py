@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from idp_peft import loading
 from idp_peft.evaluation import result_file
 from idp_peft.evaluation.result_file import evaluate
+from idp_peft.models import loading
 from tests.test_adapters import word_tokenizer
 from tests.test_perplexity import texts
 from tests.tiny import tiny
@@ -45,9 +45,9 @@ def options(tmp_path, monkeypatch):
     """Options for a tiny model and ten texts, with the loaders of both replaced."""
     monkeypatch.setattr(loading, "load_model", lambda name, **_: tiny("llama"))
     monkeypatch.setattr(loading, "load_tokenizer", lambda name, **_: word_tokenizer())
-    data = types.ModuleType("idp_peft.text_data")
+    data = types.ModuleType("idp_peft.texts.data")
     data.load_texts = lambda source, split, column, config: texts(*range(5, 15))
-    monkeypatch.setitem(sys.modules, "idp_peft.text_data", data)
+    monkeypatch.setitem(sys.modules, "idp_peft.texts.data", data)
     return Options(output=str(tmp_path / "results" / "result.json"))
 
 

@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from idp_peft.sharding import place_in_batch
+from idp_peft.hosting.sharding import place_in_batch
 from tests.tiny import tiny
 
 

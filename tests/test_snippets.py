@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, Trai
 import idp_peft
 from idp_peft import IDPConfig
 from idp_peft.analysis import attention_map, compare_patterns, record_patterns
-from idp_peft.loading import load_model
+from idp_peft.models.loading import load_model
 from idp_peft.serving import Router, export_to_vocab
 from tests.test_docs import check, letters
 from tests.tiny import tiny

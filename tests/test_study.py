@@ -106,7 +106,7 @@ def test_a_looked_up_score_is_that_of_a_free_choice(local, make, task):  # noqa:
 
 
 def test_a_text_is_scored_under_every_prompt_and_the_chosen_one_is_what_a_free_pass_gives(make, monkeypatch):
-    from idp_peft import text_data
+    from idp_peft.texts import data as text_data
 
     monkeypatch.setattr(
         text_data, "load_texts", lambda name, split: [*tiny_texts(3, words=4), *tiny_texts(9, words=30)]
@@ -143,7 +143,7 @@ def test_the_least_loss_choice_is_the_prompt_under_which_the_context_is_likelies
 @pytest.fixture
 def tiny_matrix(tmp_path, monkeypatch, local):  # noqa: F811
     """A matrix of tiny models: one text, one task, one bank, one LoRA, the two prompts of a composed bank."""
-    from idp_peft import text_data
+    from idp_peft.texts import data as text_data
 
     original = text_data.load_texts
     held_out = tiny_texts(8, words=30, seed=7)

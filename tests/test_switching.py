@@ -9,7 +9,7 @@ import torch
 from transformers import LogitsProcessor
 
 from idp_peft import IDPConfig
-from idp_peft.decoder import find_decoder
+from idp_peft.hosting.architectures import find_decoder
 from tests.reference import bank_of
 from tests.tiny import token_batch
 

@@ -9,7 +9,7 @@ import lzma
 
 import pytest
 
-from idp_peft.text_data import load_texts, token_blocks
+from idp_peft.texts.data import load_texts, token_blocks
 from tests.tiny_folder import tiny_tokenizer
 
 datasets = pytest.importorskip("datasets")

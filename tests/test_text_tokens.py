@@ -11,7 +11,7 @@ from idp_peft.evaluation.documents import cut_texts
 from idp_peft.recover.adapter import corpus_starts, opening
 from idp_peft.recover.self_text import sample_blocks
 from idp_peft.recover.training import training_examples
-from idp_peft.text_data import blocks, token_blocks
+from idp_peft.texts.data import blocks, token_blocks
 from idp_peft.texts.tokens import beginning, ending, text_ids
 from tests.tiny import VOCAB, tiny
 from tests.tokenizers_in_use import BOS, IN_USE, make

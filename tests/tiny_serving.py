@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from idp_peft import IDPConfig
-from idp_peft.loading import load_model
+from idp_peft.models.loading import load_model
 from tests.tiny import tiny
 from tests.tiny_chats import chat_tokenizer
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from idp_peft.whole_file import write_whole
+from idp_peft.files.whole_file import write_whole
 
 FORMAT = 1
 

@@ -45,8 +45,8 @@ def compress(source: Path, strength: str, folder: Path, texts: list[str], seed: 
     from idp_peft.compression.calibration import calibration_chunks
     from idp_peft.compression.measure import check_result, compressed_weights
     from idp_peft.compression.targets import target_layers
-    from idp_peft.loading import load_model, load_tokenizer
-    from idp_peft.whole_folder import whole_folder
+    from idp_peft.files.whole_folder import whole_folder
+    from idp_peft.models.loading import load_model, load_tokenizer
 
     recipe, began = STRENGTHS[strength], time.perf_counter()
     tokenizer = load_tokenizer(str(source))

@@ -99,7 +99,7 @@ class Seed:
         return cell(path, settings, lambda: self._repaired(strength, method, objective, learning_rate, steps))
 
     def _base(self, strength: str) -> dict:
-        from idp_peft.loading import load_model
+        from idp_peft.models.loading import load_model
 
         made = self.make(strength)
         return self._measured(load_model(str(self.model(strength))), {"made": made})
@@ -118,7 +118,7 @@ class Seed:
 
     def _measured(self, model, facts: dict) -> dict:
         from idp_peft.evaluation import environment
-        from idp_peft.loading import load_tokenizer
+        from idp_peft.models.loading import load_tokenizer
 
         asked = self.of(*self.measured)
         answers = recall.measure(model, load_tokenizer(str(self.model(DENSE))), asked)

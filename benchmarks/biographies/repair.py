@@ -55,9 +55,9 @@ def repair(
     from peft import get_peft_model
     from transformers import set_seed
 
-    from idp_peft.fingerprint import fingerprint
-    from idp_peft.gradient_probe import probe_gradients
-    from idp_peft.loading import load_model, load_tokenizer
+    from idp_peft.models.fingerprint import fingerprint
+    from idp_peft.models.gradient_probe import probe_gradients
+    from idp_peft.models.loading import load_model, load_tokenizer
     from idp_peft.recover.adapter import corpus_starts
     from idp_peft.recover.methods import method_config
     from idp_peft.recover.training import training_examples
@@ -91,7 +91,7 @@ def repair(
 def _train(model, examples, learning_rate: float, seed: int, teacher: Path | None, steps: int) -> list[float]:
     from transformers import TrainingArguments
 
-    from idp_peft.loading import accepted_by_trainer, load_model
+    from idp_peft.models.loading import accepted_by_trainer, load_model
     from idp_peft.recover.training import make_trainer
 
     arguments = TrainingArguments(

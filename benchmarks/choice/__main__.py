@@ -42,7 +42,7 @@ def named(text: str) -> tuple[str, str]:
 
 def main(arguments: list[str] | None = None) -> None:
     from benchmarks.choice.measure import Settings
-    from idp_peft.whole_file import write_whole
+    from idp_peft.files.whole_file import write_whole
 
     options = parse(arguments)
     settings = Settings(blocks=options.blocks)
@@ -82,7 +82,7 @@ def _measured(base, path: str, blocks, settings) -> tuple[dict, object]:
 def _base(name: str):
     import torch
 
-    from idp_peft.loading import load_model
+    from idp_peft.models.loading import load_model
 
     return load_model(name, dtype=torch.float32).eval()
 
@@ -91,8 +91,8 @@ def _blocks(name: str, settings):
     """The first block of each held-out article that is long enough, int64 `[blocks, n]`."""
     import torch
 
-    from idp_peft.loading import load_tokenizer
-    from idp_peft.text_data import load_texts, token_blocks
+    from idp_peft.models.loading import load_tokenizer
+    from idp_peft.texts.data import load_texts, token_blocks
 
     length = settings.block_tokens
     found = token_blocks(

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from idp_peft import probe
-from idp_peft.decoder import find_attention, find_blocks, uses_interface
+from idp_peft.hosting.architectures import find_attention, find_blocks, uses_interface
 from idp_peft.prompt_cache import PromptCache
 from idp_peft.selection import BlockMask, scores_from_attention
 

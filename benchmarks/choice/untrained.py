@@ -21,9 +21,9 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
     from transformers import set_seed
 
-    from idp_peft.loading import load_model, load_tokenizer
+    from idp_peft.models.loading import load_model, load_tokenizer
     from idp_peft.recover.adapter import with_adapter
-    from idp_peft.text_data import load_texts, token_blocks
+    from idp_peft.texts.data import load_texts, token_blocks
     from idp_peft_cli.options import RecoverOptions
 
     tokenizer = load_tokenizer(options.model)

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from benchmarks.choice.every_layer import scores_at_every_layer
 from idp_peft.analysis.taps import eager_attention
 from idp_peft.call import internal_run
-from idp_peft.decoder import cache_name
+from idp_peft.hosting.architectures import cache_name
 from idp_peft.layer import IDPLayer
 from idp_peft.prompt_bank import PromptBank
 from idp_peft.prompt_cache import PromptCache, compute_prompt_cache

@@ -61,7 +61,7 @@ def _records(options: argparse.Namespace, folder: Path):
 
 def write(output: Path, experiment: str, records: list[dict]) -> None:
     from idp_peft.evaluation import environment
-    from idp_peft.whole_file import write_whole
+    from idp_peft.files.whole_file import write_whole
 
     lines = ",\n".join(f"  {json.dumps(record)}" for record in records)
     head = json.dumps({"experiment": experiment, "environment": environment()})[:-1]

@@ -62,7 +62,7 @@ def load(options: argparse.Namespace) -> dict:
     from peft import PeftModel
 
     from benchmarks.contestants import sharing_weights
-    from idp_peft.loading import load_model
+    from idp_peft.models.loading import load_model
 
     dense, base = load_model(options.dense), load_model(options.model)
     models = {"reference": sharing_weights(dense), COMPRESSED: sharing_weights(base)}
@@ -96,8 +96,8 @@ def as_it_started(base, path: str, tokenizer: str):
 
 def blocks_of(options: argparse.Namespace) -> list[dict]:
     """Whole blocks, at most one per document, evenly spread over the documents; labels begin behind the context."""
-    from idp_peft.loading import load_tokenizer
-    from idp_peft.text_data import load_texts, token_blocks
+    from idp_peft.models.loading import load_tokenizer
+    from idp_peft.texts.data import load_texts, token_blocks
 
     texts = load_texts(options.dataset, options.split)
     length = options.tokens
@@ -192,7 +192,7 @@ def markdown(result: dict) -> str:
 def write(result: dict, output: Path) -> None:
     """The result as JSON, its tables, and a figure for each of the two comparisons."""
     from idp_peft.analysis import PatternComparison
-    from idp_peft.whole_file import write_whole
+    from idp_peft.files.whole_file import write_whole
 
     write_whole(output, json.dumps(result, allow_nan=False) + "\n")
     output.with_suffix(".md").write_text(markdown(result), encoding="utf-8")

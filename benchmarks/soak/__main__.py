@@ -40,7 +40,7 @@ def build(base: str | None = None):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from idp_peft import IDPConfig
-    from idp_peft.loading import load_model
+    from idp_peft.models.loading import load_model
 
     torch.manual_seed(0)
     if base is None:

@@ -36,8 +36,8 @@ def load(matrix: Matrix, one: Contender, adapter: Path | None):
     """`(model, tokenizer)`, in float32 and evaluation mode."""
     import torch
 
-    from idp_peft.loading import load as load_adapter
-    from idp_peft.loading import load_model, load_tokenizer
+    from idp_peft.models.loading import load as load_adapter
+    from idp_peft.models.loading import load_model, load_tokenizer
 
     place = matrix.model_of(one.compression)
     dtype = getattr(torch, matrix.evaluation.get("dtype", "float32"))

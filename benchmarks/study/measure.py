@@ -38,7 +38,7 @@ def score_text(model, tokenizer, name: str, documents: int, settings: dict) -> d
 
 def _blocks(tokenizer, name: str, documents: int, length: int) -> tuple[list[str], list[list[int]]]:
     """The first `documents` held-out documents that are long enough: their numbers, and a block of each."""
-    from idp_peft.text_data import load_texts
+    from idp_peft.texts.data import load_texts
 
     ids, blocks = [], []
     for number, text in enumerate(load_texts(name, "held_out")):

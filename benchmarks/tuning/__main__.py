@@ -61,7 +61,7 @@ class Bench:
     def __init__(self, folder: str) -> None:
         from transformers import AutoTokenizer
 
-        from idp_peft.text_data import load_texts, token_blocks
+        from idp_peft.texts.data import load_texts, token_blocks
 
         self.folder = folder
         self.tokenizer = tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -139,7 +139,7 @@ class Bench:
 def _load(name: str):
     import torch
 
-    from idp_peft.loading import load_model
+    from idp_peft.models.loading import load_model
 
     return load_model(name, dtype=torch.float32)
 

@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 
-from idp_peft.error_reason import missing
+from idp_peft.files.error_reason import missing
 
 try:
     import matplotlib

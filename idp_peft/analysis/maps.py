@@ -6,8 +6,8 @@ import torch
 
 from idp_peft.analysis.measure import active_layer
 from idp_peft.choice import attention_on_bank
-from idp_peft.decoder import check_selection_layer, find_blocks
-from idp_peft.input_checks import real_tokens
+from idp_peft.hosting.architectures import check_selection_layer, find_blocks
+from idp_peft.hosting.checks import real_tokens
 
 
 def attention_map(model, input_ids, attention_mask=None, layer: int | None = None) -> torch.Tensor:

@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 from idp_peft.analysis.examples import Example, collate, read_examples
 from idp_peft.analysis.quietly import quietly, same_random_numbers
 from idp_peft.analysis.taps import PARTS, ExamplePatterns, tapped
-from idp_peft.decoder import find_decoder, forward_parameters
 from idp_peft.evaluation.prompted import idp_layer
+from idp_peft.hosting.architectures import find_decoder, forward_parameters
 from idp_peft.selection import context_tokens
 
 _BAR_AFTER = 5  # seconds

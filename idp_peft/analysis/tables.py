@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from idp_peft.error_reason import missing
+from idp_peft.files.error_reason import missing
 
 
 def _pandas():

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from idp_peft.call import is_internal_run
-from idp_peft.decoder import by_name, find_attention, find_blocks, forward_parameters
-from idp_peft.sharding import unwrapped
+from idp_peft.hosting.architectures import by_name, find_attention, find_blocks, forward_parameters
+from idp_peft.hosting.sharding import unwrapped
 
 HIDDEN, ATTENTION_OUTPUT, MLP_OUTPUT, ATTENTION = PARTS = ("hidden", "attention_output", "mlp_output", "attention")
 ACTIVATIONS = (HIDDEN, ATTENTION_OUTPUT, MLP_OUTPUT)

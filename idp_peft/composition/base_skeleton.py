@@ -12,11 +12,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from idp_peft.auto_class import built_from
 from idp_peft.composition.prompt_sources import PromptSource
-from idp_peft.decoder import adds_positions, embedding_width, find_decoder, has_changing_rotary
-from idp_peft.error_reason import reason
-from idp_peft.promptable import check_promptable
+from idp_peft.files.error_reason import reason
+from idp_peft.hosting.architectures import adds_positions, embedding_width, find_decoder, has_changing_rotary
+from idp_peft.hosting.promptable import check_promptable
+from idp_peft.models.auto_class import built_from
 
 
 class BaseNotFound(ValueError):
@@ -93,7 +93,7 @@ def _config(name: str) -> tuple[PreTrainedConfig, str]:
     """The config of a base, and where it lies."""
     from transformers import AutoConfig
 
-    from idp_peft.loading import find_model, place_of
+    from idp_peft.models.loading import find_model, place_of
 
     try:
         where, gguf_file = find_model(name)

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from idp_peft.checkpoint import check_shapes, find_file
 from idp_peft.config import IDPConfig
-from idp_peft.error_reason import reason
-from idp_peft.prompt_ids import AUTO
+from idp_peft.files.error_reason import reason
+from idp_peft.hosting.checkpoint import check_shapes, find_file
+from idp_peft.hosting.prompt_ids import AUTO
 
 # What puts embeddings, and nothing else, in front of the input.
 _METHODS = ("IDP", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")

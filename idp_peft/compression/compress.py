@@ -12,14 +12,14 @@ from types import ModuleType
 
 import torch
 
-from idp_peft.auto_class import built_from
 from idp_peft.compression import gptqmodel_backend, llmcompressor_backend, torchao_backend
 from idp_peft.compression.calibration import calibration_chunks
 from idp_peft.compression.measure import check_result, compressed_weights
 from idp_peft.compression.recipes import RECIPES, Recipe
 from idp_peft.compression.targets import check_fit, target_layers
+from idp_peft.files.whole_folder import check_free, whole_folder
+from idp_peft.models.auto_class import built_from
 from idp_peft.texts.chats import Chat
-from idp_peft.whole_folder import check_free, whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def compress(
         `ImportError`: where the backend is missing, naming the extra to install.
         `RuntimeError`: where the weights that came out are not what the recipe promises.
     """
-    from idp_peft.loading import load_tokenizer, unpacked
+    from idp_peft.models.loading import load_tokenizer, unpacked
 
     chosen, tool = _check_names(recipe, backend)
     check_free(Path(output_dir).expanduser().absolute())
@@ -118,7 +118,7 @@ def _check_model(model: str, recipe: Recipe, group_size: int) -> tuple[str, dict
     """The model's place, the note of an earlier compression and the layers, after every check that needs no weights."""
     from transformers import AutoConfig
 
-    from idp_peft.loading import find_model, place_of, quantization_of
+    from idp_peft.models.loading import find_model, place_of, quantization_of
 
     where, gguf_file = find_model(model)
     if gguf_file is None and (quantization := quantization_of(where)):
@@ -137,7 +137,7 @@ def _check_model(model: str, recipe: Recipe, group_size: int) -> tuple[str, dict
 def _save_tokenizer(source: str, folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    from idp_peft.loading import find_model
+    from idp_peft.models.loading import find_model
 
     where, gguf_file = find_model(source)
     try:

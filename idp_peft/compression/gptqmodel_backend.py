@@ -22,7 +22,7 @@ def run(source: str, recipe: Recipe, folder: Path, chunks: list[list[int]], grou
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(min(2, os.cpu_count() or 1)))
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    from idp_peft.loading import load_model
+    from idp_peft.models.loading import load_model
 
     rule = QuantizeConfig(bits=recipe.bits, group_size=group_size, sym=symmetric, desc_act=False)
     # Its own model has no weights until they are needed.

@@ -22,7 +22,7 @@ ALGORITHMS = ("gptq", "sparsegpt", "rtn")
 
 def run(source: str, recipe: Recipe, folder: Path, chunks: list[list[int]], group_size: int, symmetric: bool) -> None:
     """Compress the model at `source` and write it into `folder`."""
-    from idp_peft.loading import load_model
+    from idp_peft.models.loading import load_model
 
     # llm-compressor moves one layer at a time to the GPU itself.
     dtype = "auto" if torch.cuda.is_available() else torch.float32

@@ -19,7 +19,7 @@ def run(source: str, recipe: Recipe, folder: Path, chunks: list[list[int]], grou
     from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup
     from transformers import TorchAoConfig
 
-    from idp_peft.loading import load_model
+    from idp_peft.models.loading import load_model
 
     mapping = MappingType.SYMMETRIC if symmetric else MappingType.ASYMMETRIC
     dtype = getattr(torch, f"int{recipe.bits}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from tqdm.auto import tqdm
 
-from idp_peft.text_data import token_blocks
+from idp_peft.texts.data import token_blocks
 
 _IGNORED = -100
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from idp_peft.loading import find_model, holds_packed_weights
+from idp_peft.models.loading import find_model, holds_packed_weights
 
 _LABELS = {"idp": "IDP", "prompt_tuning": "prompt tuning", "prefix_tuning": "prefix tuning", "lora": "LoRA"}
 

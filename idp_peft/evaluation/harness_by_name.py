@@ -9,10 +9,10 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import get_dtype
 
-from idp_peft.error_reason import reason
 from idp_peft.evaluation.harness import HarnessModel
 from idp_peft.evaluation.harness_arguments import check_arguments, whole_number
 from idp_peft.evaluation.prompted import check_prompt_id, idp_layer
+from idp_peft.files.error_reason import reason
 
 
 class HarnessModelByName(HarnessModel):
@@ -75,7 +75,7 @@ class HarnessModelByName(HarnessModel):
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def _create_model(self, pretrained, peft=None, dtype=None, gguf_file=None, **arguments) -> None:
-        from idp_peft.loading import load_model
+        from idp_peft.models.loading import load_model
 
         options = {"revision": arguments["revision"], "trust_remote_code": arguments["trust_remote_code"]}
         for name in ("subfolder", "attn_implementation"):
@@ -139,7 +139,7 @@ def _absolute(name: str) -> str:
 
 def _find(name: str, arguments: dict) -> tuple[str, str | None]:
     """`(folder or Hub id, GGUF file in it)` of a base, taking `gguf_file` and a folder's `subfolder` out of `arguments`."""
-    from idp_peft.loading import find_model
+    from idp_peft.models.loading import find_model
 
     gguf_file = arguments.pop("gguf_file", None)
     if Path(name).expanduser().is_dir():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from idp_peft.error_reason import missing
+from idp_peft.files.error_reason import missing
 
 MODEL_TYPE = "idp"
 _TARGET = "idp_peft.evaluation.harness_by_name:HarnessModelByName"

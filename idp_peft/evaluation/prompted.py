@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from idp_peft.choice import select
+from idp_peft.hosting.prompt_ids import AUTO, check_prompt_ids
 from idp_peft.layer import IDPLayer
-from idp_peft.prompt_ids import AUTO, check_prompt_ids
 
 
 def idp_layer(model) -> IDPLayer | None:

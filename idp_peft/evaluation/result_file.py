@@ -12,8 +12,8 @@ from idp_peft.evaluation.environment import environment
 from idp_peft.evaluation.model_scores import evaluate_model
 from idp_peft.evaluation.task_loading import check_tasks
 from idp_peft.evaluation.windows import check_window
+from idp_peft.files.whole_file import write_whole
 from idp_peft.texts.chats import assistant_only
-from idp_peft.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def evaluate(options) -> Path:
         return output
     texts = None
     if settings["dataset"] != "none":
-        from idp_peft.text_data import load_texts
+        from idp_peft.texts.data import load_texts
 
         texts = load_texts(
             settings["dataset"], settings["dataset_split"], settings["text_column"], settings["dataset_config"]
@@ -138,7 +138,7 @@ def _changed_since(place: Path, moment: float) -> bool:
 
 def load(model: str, adapter: str | None):
     """The model with its adapter, in evaluation mode, and its tokenizer."""
-    from idp_peft import loading
+    from idp_peft.models import loading
 
     if adapter is None:
         return loading.load_model(model), loading.load_tokenizer(model)

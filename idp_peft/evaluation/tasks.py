@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from idp_peft.assets import cache_folder
 from idp_peft.evaluation.task_data import task_file
+from idp_peft.offline.assets import cache_folder
 
 PREFIX = "local_"
 ALL = "all_local"

@@ -11,15 +11,15 @@ from huggingface_hub import CommitInfo
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 
-from idp_peft.checkpoint import check_weights
 from idp_peft.config import IDPConfig
+from idp_peft.files.inside_folder import files_inside
+from idp_peft.hosting.checkpoint import check_weights
 from idp_peft.hub.base_model import Base, base_of
 from idp_peft.hub.card_results import read_results
 from idp_peft.hub.card_text import CardFacts
 from idp_peft.hub.model_card import write_card
 from idp_peft.hub.push import push
-from idp_peft.inside_folder import files_inside
-from idp_peft.loading import adapter_config, quantization_of
+from idp_peft.models.loading import adapter_config, quantization_of
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from idp_peft import assets
+from idp_peft.offline import assets
 
 NOTE = "compression.json"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from idp_peft.config import IDPConfig
 from idp_peft.hub.base_model import Base, describe_quantization
 from idp_peft.hub.card_results import Results
-from idp_peft.loading import READERS
+from idp_peft.models.loading import READERS
 
 IMPORT = "import idp_peft  # pip install {packages}; without this import PEFT raises KeyError: 'IDP'"
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from idp_peft.recover.intact_prefix import start_prefix
 from idp_peft.recover.methods import method_config, prefix_parameters_per_token
-from idp_peft.text_data import Block
+from idp_peft.texts.data import Block
 from idp_peft.texts.tokens import common_length, without
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from idp_peft.whole_file import write_whole
+from idp_peft.files.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 

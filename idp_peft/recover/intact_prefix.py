@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from torch import nn
 
-from idp_peft.decoder import given_cache
+from idp_peft.hosting.architectures import given_cache
 
 
 def intact_prefix(model: nn.Module, dense: nn.Module, token_ids: list[int]) -> PeftModel:

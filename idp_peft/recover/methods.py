@@ -9,8 +9,8 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from idp_peft.config import IDPConfig
-from idp_peft.decoder import embedding_width
-from idp_peft.loading import place_of
+from idp_peft.hosting.architectures import embedding_width
+from idp_peft.models.loading import place_of
 
 METHODS = ("idp", "prompt_tuning", "prefix_tuning", "lora")
 # Peak learning rates, as tuned (benchmarks/LOG.md); prefix tuning's is for the start at a teacher's keys and values, untuned.

@@ -14,12 +14,12 @@ from peft import PeftModel
 from transformers import TrainingArguments, set_seed
 
 from idp_peft.evaluation import environment
-from idp_peft.fingerprint import fingerprint
-from idp_peft.folder_lock import alone_in
-from idp_peft.gradient_probe import probe_gradients
+from idp_peft.files.folder_lock import alone_in
 from idp_peft.hub.adapter_folder import push_adapter
 from idp_peft.hub.push import PushError
-from idp_peft.loading import accepted_by_trainer, load_model, load_tokenizer
+from idp_peft.models.fingerprint import fingerprint
+from idp_peft.models.gradient_probe import probe_gradients
+from idp_peft.models.loading import accepted_by_trainer, load_model, load_tokenizer
 from idp_peft.recover.adapter import starting_texts, with_adapter
 from idp_peft.recover.checkpoints import MarkWhole, digests, is_whole
 from idp_peft.recover.distillation import check_distillation
@@ -28,8 +28,8 @@ from idp_peft.recover.run_folder import RunFolder
 from idp_peft.recover.self_text import sample_blocks
 from idp_peft.recover.stopping import StopAtSignal
 from idp_peft.recover.training import make_trainer, training_examples
-from idp_peft.text_data import Block, blocks, load_texts
 from idp_peft.texts.chats import assistant_only
+from idp_peft.texts.data import Block, blocks, load_texts
 from idp_peft.texts.tokens import beginning
 
 logger = logging.getLogger(__name__)

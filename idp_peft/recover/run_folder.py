@@ -14,8 +14,8 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
+from idp_peft.files.whole_file import write_whole
 from idp_peft.recover.checkpoints import are_there, last_whole_checkpoint
-from idp_peft.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from idp_peft.recover.distillation import DistillationTrainer
-from idp_peft.text_data import Block
+from idp_peft.texts.data import Block
 
 _IGNORED = -100
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from idp_peft.error_reason import missing
+from idp_peft.files.error_reason import missing
 from idp_peft.report.analysis import MEAN, Analysis
 from idp_peft.report.drawing import STYLE, Figure, finish, legend, look_of, marker, panels, short
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from idp_peft.files.whole_file import write_whole
 from idp_peft.report.analysis import analyse, as_json
 from idp_peft.report.markdown import markdown
 from idp_peft.report.page import page
 from idp_peft.report.plots import figures
 from idp_peft.report.results import read_results
-from idp_peft.whole_file import write_whole
 
 
 def write_report(results: list[str | Path], output_dir: str | Path, seed: int = 0) -> Path:

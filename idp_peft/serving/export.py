@@ -18,16 +18,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from idp_peft.checkpoint import find_file
 from idp_peft.composition.base_skeleton import position_counts_bank, skeleton
 from idp_peft.composition.prompt_sources import PromptSource, read_prompts
-from idp_peft.decoder import find_decoder
-from idp_peft.inside_folder import files_inside
+from idp_peft.files.inside_folder import files_inside
+from idp_peft.files.whole_folder import check_free, whole_folder
+from idp_peft.hosting.architectures import find_decoder
+from idp_peft.hosting.checkpoint import find_file
 from idp_peft.serving.chat_template import with_prompts_in_all
 from idp_peft.serving.exported import ADAPTER, FILE, describe
 from idp_peft.serving.tensor_files import DTYPES, StoredTensor, WeightFiles, copy_model, weight_files
 from idp_peft.serving.vocabulary import PromptVocabulary, next_token_id
-from idp_peft.whole_folder import check_free, whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def export_to_vocab(
         `ValueError`: where the adapter or the base cannot be exported: the text says why.
         `FileNotFoundError`: where the base is not there.
     """
-    from idp_peft.loading import find_model, unpacked
+    from idp_peft.models.loading import find_model, unpacked
 
     check_free(Path(output_dir).expanduser().absolute())
     source = read_prompts(str(adapter))
@@ -115,7 +115,7 @@ def export_to_vocab(
 
 def _folder_of(name: str, revision: str | None) -> Path:
     """The local folder of a base, downloaded where it lies on the Hub."""
-    from idp_peft.loading import find_model
+    from idp_peft.models.loading import find_model
 
     where, _ = find_model(name)
     if Path(where).is_dir():
@@ -229,7 +229,7 @@ def _check_table(files: WeightFiles, name: str, shape: tuple[int, ...], what: st
 
 
 def _tokenizer(adapter: str, folder: Path):
-    from idp_peft.loading import load_tokenizer, tokenizer_beside
+    from idp_peft.models.loading import load_tokenizer, tokenizer_beside
 
     beside = tokenizer_beside(adapter, {}, None)
     tokenizer = load_tokenizer(folder) if beside is None else beside

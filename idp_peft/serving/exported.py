@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from idp_peft.config import MAX_TOKENS
-from idp_peft.inside_folder import inside
+from idp_peft.files.inside_folder import inside
 
 FILE = "idp_prompts.json"
 _MOST = 2 * MAX_TOKENS  # new rows: the prompts, names for unused rows, and what fills the last 64

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Collection, Generator, Iterator
 from typing import Any, NamedTuple
 
-from idp_peft.prompt_ids import AUTO, CHOOSES, check_prompt_ids
+from idp_peft.hosting.prompt_ids import AUTO, CHOOSES, check_prompt_ids
 from idp_peft.serving.chat_template import VARIABLE
 from idp_peft.serving.exported import ExportedModel
 from idp_peft.serving.openai_errors import RequestError

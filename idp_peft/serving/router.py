@@ -14,14 +14,14 @@ from idp_peft.choice import select
 from idp_peft.composition.base_skeleton import BaseNotFound, skeleton
 from idp_peft.composition.prompt_sources import PromptSource, read_prompts
 from idp_peft.config import IDPConfig
-from idp_peft.decoder import (
+from idp_peft.hosting.architectures import (
     check_selection_layer,
     embedding_width,
     find_blocks,
     find_decoder,
 )
+from idp_peft.hosting.per_layer_inputs import has_per_layer_inputs
 from idp_peft.layer import IDPLayer
-from idp_peft.per_layer_inputs import has_per_layer_inputs
 from idp_peft.selection import Selection
 from idp_peft.serving.exported import ExportedModel, is_exported
 
@@ -56,7 +56,7 @@ class Router:
             `ValueError`: for an adapter of another method, or one that does not fit the base.
             `FileNotFoundError`: where the adapter or the base is not there.
         """
-        from idp_peft.loading import load_tokenizer, tokenizer_beside
+        from idp_peft.models.loading import load_tokenizer, tokenizer_beside
 
         if is_exported(adapter):
             base = adapter if base is None else base
@@ -145,7 +145,7 @@ class _Headless(nn.Module):
 
 
 def _layer(source: PromptSource, name: str, load_model_kwargs: dict) -> IDPLayer:
-    from idp_peft.loading import load_model
+    from idp_peft.models.loading import load_model
 
     config = copy.deepcopy(source.config)
     try:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from idp_peft.error_reason import missing
+from idp_peft.files.error_reason import missing
 from idp_peft.serving.exported import ExportedModel
 from idp_peft.serving.prompted_request import MAX_TEXTS, RequestPrompter
 from idp_peft.serving.request_fields import REFUSED

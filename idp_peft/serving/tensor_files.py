@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from idp_peft.inside_folder import inside, plain_name
+from idp_peft.files.inside_folder import inside, plain_name
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from idp_peft.error_reason import reason
+from idp_peft.files.error_reason import reason
 from idp_peft.texts.tokens import Encoded, beginning, common_length, encode, without
 
 _COLUMNS = (("messages",), ("conversations",), ("prompt", "completion"))

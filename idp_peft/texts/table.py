@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
-from idp_peft.error_reason import missing, reason
+from idp_peft.files.error_reason import missing, reason
 
 _COMMON = ".jsonl, .json, .parquet, .csv, .tsv, .txt, .arrow"
 _OWN_FORMATS = {".text": "text"}  # what `datasets` does not know by its name

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from idp_peft import IDPConfig
-from idp_peft.decoder import cache_name, find_decoder, forward_parameters, given_cache
+from idp_peft.hosting.architectures import cache_name, find_decoder, forward_parameters, given_cache
 from tests.reference import bank_of, prompts_of
 from tests.tiny import token_batch
 

@@ -18,7 +18,7 @@ from peft import get_peft_model
 
 import idp_peft
 from idp_peft import IDPConfig
-from idp_peft.loading import load_model, load_tokenizer
+from idp_peft.models.loading import load_model, load_tokenizer
 from idp_peft.serving import ExportedModel, export_to_vocab
 from tests.loopback import client
 from tests.patience import PATIENCE

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from idp_peft.decoder import (
+from idp_peft.hosting.architectures import (
     ATTENTION_NAMES,
     cache_name,
     find_attention,
@@ -23,7 +23,7 @@ from idp_peft.decoder import (
     position_limit,
     uses_interface,
 )
-from idp_peft.reach import masks_by_reach
+from idp_peft.hosting.reach import masks_by_reach
 
 _TEXT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 _CONDITIONS = ("cross_attention_states", "t_cond")  # arguments of layers: pictures in Mllama, sound in Voxtral Realtime

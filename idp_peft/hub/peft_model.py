@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import FrameType
 
 from peft import PeftModel, PeftModelForCausalLM
 
-from idp_peft.sharding import is_spread
+from idp_peft.hosting.call_stack import repository_of_trainer
+from idp_peft.hosting.sharding import is_spread
 
 
 class KnowsItsCard:
@@ -17,7 +17,7 @@ class KnowsItsCard:
     Why a class of our own: PEFT's `create_or_update_model_card` puts the path of a local base into the metadata, which the
     Hub refuses, and transformers' `push_to_hub` writes a generic card over it. Both are methods of the `PeftModel`, and
     PEFT makes that one itself, of a class that follows from the task type; a method brings only the tuner inside of it. So
-    where PEFT makes our tuner for a `PeftModel`, that one instance becomes one of the classes below ([`adopt`]). Nothing of
+    where PEFT makes our tuner for a `PeftModel`, that one instance becomes one of the classes below (`model.py`). Nothing of
     PEFT is patched, and models with another method stay what they are.
     """
 
@@ -53,7 +53,7 @@ class KnowsItsCard:
         """
         from idp_peft.hub.live_model import results_of, write_card_of
 
-        place = _repository_of_trainer(sys._getframe(1)) or Path(output_dir).absolute().name
+        place = repository_of_trainer(sys._getframe(1)) or Path(output_dir).absolute().name
         write_card_of(self, Path(output_dir) / "README.md", place, results_of(self, results), [])
 
     def push_to_hub(
@@ -121,22 +121,4 @@ class IDPPeftModelForCausalLM(KnowsItsCard, PeftModelForCausalLM):
 # transformers' pipelines know what they support by the class's name; pickle goes by the qualified one.
 IDPPeftModelForCausalLM.__name__ = PeftModelForCausalLM.__name__
 
-_OURS = {PeftModel: IDPPeftModel, PeftModelForCausalLM: IDPPeftModelForCausalLM}
-
-
-def adopt(frame: FrameType) -> None:
-    """Give the `PeftModel` whose constructor runs in `frame` our class, where it is one of PEFT's own two.
-
-    Args:
-        frame (`FrameType`): the caller of our tuner's constructor. transformers' own adapter methods, which make no
-            `PeftModel`, and sub-classes of somebody else are left alone.
-    """
-    if frame.f_code is PeftModel.__init__.__code__:
-        model = frame.f_locals["self"]
-        model.__class__ = _OURS.get(type(model), type(model))
-
-
-def _repository_of_trainer(frame: FrameType) -> str | None:
-    """The repository that a `Trainer` pushes to, when it is the one that asks for a card; it does not hand the id on."""
-    trainer = frame.f_locals.get("self") if frame.f_code.co_name == "create_model_card" else None
-    return getattr(trainer, "hub_model_id", None)
+OURS = {PeftModel: IDPPeftModel, PeftModelForCausalLM: IDPPeftModelForCausalLM}

@@ -13,10 +13,10 @@ from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEME
 
 from idp_peft.call import Call, running
 from idp_peft.choice import choose
-from idp_peft.decoder import cache_name, given_cache, with_cache
-from idp_peft.input_checks import refuse_foreign_cache, refuse_right_padding
-from idp_peft.prompt_ids import CHOOSES, check_prompt_ids
-from idp_peft.prompted_cache import PromptPart, adopt, is_prompted
+from idp_peft.hosting.architectures import cache_name, given_cache, with_cache
+from idp_peft.hosting.checks import refuse_foreign_cache, refuse_right_padding
+from idp_peft.hosting.input_cache import PromptPart, adopt, is_prompted
+from idp_peft.hosting.prompt_ids import CHOOSES, check_prompt_ids
 from idp_peft.selection import Selection
 
 

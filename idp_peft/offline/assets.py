@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from idp_peft.whole_folder import whole_folder
+from idp_peft.files.whole_folder import whole_folder
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import inspect
 import torch
 from torch import nn
 
-from idp_peft.decoder import forward_parameters
+from idp_peft.hosting.architectures import forward_parameters
 
 NAME = "per_layer_inputs"
 

@@ -14,9 +14,9 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from idp_peft import assets
-from idp_peft.auto_class import auto_class_of
-from idp_peft.error_reason import missing, reason
+from idp_peft.files.error_reason import missing, reason
+from idp_peft.models.auto_class import auto_class_of
+from idp_peft.offline import assets
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel

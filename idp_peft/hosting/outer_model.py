@@ -13,9 +13,9 @@ from torch import nn
 from transformers import StaticCache
 
 from idp_peft.call import Call
-from idp_peft.decoder import given_cache
-from idp_peft.per_layer_inputs import NAME
-from idp_peft.ready_masks import ReadyMasks, is_ready_made
+from idp_peft.hosting.architectures import given_cache
+from idp_peft.hosting.per_layer_inputs import NAME
+from idp_peft.hosting.ready_masks import ReadyMasks, is_ready_made
 
 _DECODER_INPUTS = ("input_ids", "inputs_embeds")
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from idp_peft.sharding import gathers, whole_shape
+from idp_peft.hosting.sharding import gathers, whole_shape
 
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _POSITION_TABLES = ("wpe", "embed_positions")

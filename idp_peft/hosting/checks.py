@@ -9,16 +9,16 @@ from torch import nn
 from transformers import Cache, EncoderDecoderCache, StaticCache
 
 from idp_peft import call as calls
-from idp_peft.decoder import (
+from idp_peft.hosting.architectures import (
     gathers_layers,
     given_cache,
     has_changing_rotary,
     position_limit,
     shares_keys_in_cache,
 )
-from idp_peft.host_loop import frames_of_generate, packs_rows
-from idp_peft.prompted_cache import is_prompted
-from idp_peft.reach import first_scaled_slot
+from idp_peft.hosting.input_cache import is_prompted
+from idp_peft.hosting.reach import first_scaled_slot
+from idp_peft.hosting.trainers import frames_of_generate, packs_rows
 
 _CONTINUOUS = "transformers.generation.continuous_batching"
 _NO_CONTINUOUS = (

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from idp_peft.decoder import forward_parameters, names_in_forward
+from idp_peft.hosting.architectures import forward_parameters, names_in_forward
 
 _MASKS = {"create_sliding_window_causal_mask", "create_chunked_causal_mask"}
 

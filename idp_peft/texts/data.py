@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from idp_peft import assets
+from idp_peft.offline import assets
 from idp_peft.texts.chats import Chat, chat_columns, has_messages, read_chat
 from idp_peft.texts.table import load_table
 from idp_peft.texts.tokens import encode

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from idp_peft.concatenation import Concatenation
+from idp_peft.hosting.concatenation import Concatenation
 
 
 class ReadyMasks:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from idp_peft.error_reason import reason
-from idp_peft.layer_gradient import device_of, kind_of, layer_error, linear_layers
-from idp_peft.outer_model import marked_as_text
+from idp_peft.files.error_reason import reason
+from idp_peft.hosting.outer_model import marked_as_text
+from idp_peft.models.layer_gradient import device_of, kind_of, layer_error, linear_layers
 
 # Relative. In float32, rounding makes 1e-6 of difference. bfloat16 rounds by up to 0.4 %, in the output, the gradient and
 # the effective weights once each, and much of it averages out over a layer: 0.2 to 0.3 % is measured. A kernel with a

@@ -1,8 +1,8 @@
 """The command line of lm-evaluation-harness, as it is, with the model type `idp` and the local tasks in addition.
 
-    python -m idp_peft.lm_eval --model idp --model_args pretrained=BASE,peft=ADAPTER --tasks local_arc_easy,hellaswag
+    python -m idp_peft.evaluation.lm_eval --model idp --model_args pretrained=BASE,peft=ADAPTER --tasks local_arc_easy,hellaswag
 
-In Python, `import idp_peft.lm_eval` is all that `lm_eval.simple_evaluate(model="idp", model_args=...)` needs. The
+In Python, `import idp_peft.evaluation.lm_eval` is all that `lm_eval.simple_evaluate(model="idp", model_args=...)` needs. The
 harness's own executable finds us too, where the file `lm_eval.yaml` beside this one is among its `--tasks`.
 """
 

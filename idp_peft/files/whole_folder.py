@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from idp_peft.folder_lock import hold, is_free
+from idp_peft.files.folder_lock import hold, is_free
 
 
 @contextlib.contextmanager

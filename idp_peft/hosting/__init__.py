@@ -1,0 +1,1 @@
+"""What transformers, PEFT and torch force on the method."""

@@ -1,0 +1,1 @@
+"""Models, texts and tasks out of ordinary packages, for machines that reach no model hub."""
