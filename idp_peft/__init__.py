@@ -7,8 +7,7 @@ import importlib
 
 from idp_peft.config import IDPConfig, IDPPeftType
 from idp_peft.hub.peft_model import OURS
-from idp_peft.model import IDPModel
-from idp_peft.registration import register
+from idp_peft.model import IDPModel, register
 from idp_peft.selection import Selection
 
 __version__ = "0.1.0"

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import threading
 import uuid
-import warnings
 from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from idp_peft.call import current_call, internal_run
 from idp_peft.config import IDPConfig
-from idp_peft.decoder_call import DecoderCall
+from idp_peft.forward import Forward, current_call, internal_run
 from idp_peft.hosting.architectures import embedding_dtype, embedding_width, find_blocks, keeps_rotary
 from idp_peft.hosting.checks import refuse_continuous_batching
-from idp_peft.model_call import ModelCall
-from idp_peft.probe import first_layers
+from idp_peft.hosting.decoder_copy import first_layers
 from idp_peft.prompt_bank import PromptBank, initial_tokens
-from idp_peft.prompt_cache import PromptCache, compute_prompt_cache
-from idp_peft.remembered_cache import RememberedCache
+from idp_peft.prompt_cache import PromptCache, RememberedCache, compute_prompt_cache
 from idp_peft.selection import Selection
 
 _of_this_thread = threading.local()
@@ -46,21 +42,9 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         # Names: the parameters themselves would keep a whole model alive behind one that was sharded since.
         self._trainable_before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._last_selection: Selection | None = None
-        self._warned_of_targets = False
+        self.warned_of_targets = False
         self._identity = uuid.uuid4().hex
-        model_call, decoder_call = ModelCall(self), DecoderCall(self)
-        self._handles = [
-            model.register_forward_pre_hook(model_call.before, with_kwargs=True),
-            model.register_forward_hook(model_call.after, with_kwargs=True, always_call=True),
-            decoder.register_forward_pre_hook(decoder_call.before, with_kwargs=True),
-            decoder.register_forward_hook(decoder_call.after, with_kwargs=True, always_call=True),
-        ]
-        backbone = getattr(model, "base_model", model)
-        if backbone not in (model, decoder):
-            self._handles += [
-                backbone.register_forward_pre_hook(model_call.before_backbone, with_kwargs=True),
-                backbone.register_forward_hook(model_call.after_backbone, with_kwargs=True, always_call=True),
-            ]
+        self._handles = Forward(self).hook(model, decoder)
 
     @property
     def model(self) -> nn.Module:
@@ -174,8 +158,9 @@ class IDPLayer(nn.Module, BaseTunerLayer):
     def prompt_cache(self, rotary_length: int | None = None) -> PromptCache:
         """The active adapter's prompt cache, computed where it is missing or stale."""
         remembered = RememberedCache() if keeps_rotary(self.decoder) else self.idp_remembered[self.active_name]
+        bank = self.active_bank
         with internal_run(), _Evaluating(self.decoder):
-            return remembered.get(self.decoder, self.active_bank, self.dtype, rotary_length)
+            return remembered.get(self.decoder, bank, self.dtype, rotary_length)
 
     @property
     def trains(self) -> bool:
@@ -188,8 +173,9 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         Args:
             prompts (`torch.Tensor`): int64 `[m]`, the prompts that the batch uses. The others get a gradient of zero.
         """
+        bank = self.active_bank
         with internal_run():
-            return compute_prompt_cache(self.decoder, self.active_bank, self.dtype, rotary_length, prompts)
+            return compute_prompt_cache(self.decoder, bank, self.dtype, rotary_length, prompts)
 
     def prompt_cache_for_choice(self, number: int, rotary_length: int | None = None) -> PromptCache:
         """What the choice reads at the decoder's layer `number`: the prompt cache, or one that ends there.
@@ -209,18 +195,6 @@ class IDPLayer(nn.Module, BaseTunerLayer):
     def last_selection(self) -> Selection | None:
         """The latest choice made by the calling thread, or by any thread where that one made none."""
         return _selections().get(self, self._last_selection)
-
-    def warn_that_targets_may_steer(self) -> None:
-        """Say once what it means to train without saying which tokens are targets."""
-        if not self._warned_of_targets:
-            self._warned_of_targets = True
-            warnings.warn(
-                "this training step says nothing of which tokens are targets, so each row chose its prompt by all of its tokens: "
-                "targets may steer the choice, and the same text may choose another prompt at inference. Pass `labels` (the "
-                "choice then reads what stands before a row's first label) or `selection_mask` in the model's call",
-                UserWarning,
-                stacklevel=2,
-            )
 
     def remember(self, selection: Selection) -> None:
         self._last_selection = selection

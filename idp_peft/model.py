@@ -1,4 +1,4 @@
-"""The tuner: what PEFT creates, stores as `base_model`, and calls."""
+"""The tuner that PEFT creates, stores as `base_model` and calls, and its registration with PEFT."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import sys
 from contextlib import contextmanager
 
 import torch
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from idp_peft.call import undisturbed
-from idp_peft.config import IDPConfig
+from idp_peft.config import IDPConfig, IDPPeftType
+from idp_peft.forward import generate, undisturbed
 from idp_peft.hosting.architectures import check_selection_layer, embedding_width, find_decoder
-from idp_peft.hosting.call_stack import peft_model_under_construction
 from idp_peft.hosting.checkpoint import check_place, check_shapes, check_weights
-from idp_peft.hosting.generation import generate
+from idp_peft.hosting.introspection import peft_model_under_construction
 from idp_peft.hosting.promptable import check_promptable
 from idp_peft.layer import IDPLayer
 from idp_peft.prompt_bank import text_token_ids
@@ -200,3 +201,24 @@ def _remove_adapter(model: nn.Module, adapter_name: str, only_new: bool = False)
             layer.detach()
             if hasattr(layer.model, "peft_config"):
                 del layer.model.peft_config
+
+
+def register() -> None:
+    """Make PEFT's auto classes find IDP. Calling it again changes nothing.
+
+    PEFT's own `register_peft_method` refuses names outside its `PeftType` enum and otherwise fills these three
+    dictionaries; the checks it makes are made here.
+
+    Raises:
+        `RuntimeError`: where another method already holds the name or the prefix.
+    """
+    key = IDPPeftType.IDP
+    holder = PEFT_TYPE_TO_CONFIG_MAPPING.get(key, IDPConfig)
+    if holder is not IDPConfig:
+        raise RuntimeError(f"PEFT already has a method named {key.value!r} ({holder.__module__}.{holder.__name__})")
+    for other, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items():
+        if prefix == IDPModel.prefix and other != key:
+            raise RuntimeError(f"PEFT's method {other!r} already uses the parameter prefix {prefix!r}")
+    PEFT_TYPE_TO_CONFIG_MAPPING[key] = IDPConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[key] = IDPModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[key] = IDPModel.prefix

@@ -35,17 +35,47 @@ class PromptBank(nn.Embedding):
         """K, the length of the longest prompt: every input starts at position K."""
         return max(self.lengths)
 
-    def tokens(self) -> torch.Tensor:
-        """All soft prompt tokens, float `[sum_i k_i, d]`.
+    def embeddings(self) -> torch.Tensor:
+        """The embeddings of all prompts, float `[sum_i k_i, d]`.
 
-        Goes through the module's forward, so that sharded parameters (ZeRO-3) are gathered; FSDP2 has gathered them where
-        the model's own forward runs, and outside of it every process must ask for them.
+        They come through the module's forward, so that sharded parameters (ZeRO-3) are gathered. FSDP2 has gathered them
+        where the model's own forward runs; outside of it every process must ask for them.
         """
         if is_sharded(self.weight):
             return self.weight.full_tensor()
         # The index stays on the CPU while an offloaded weight waits on the meta device.
         device = None if self.weight.is_meta else self.weight.device
         return self(torch.arange(self.num_embeddings, device=device))
+
+    def embeddings_as(self, dtype: torch.dtype) -> torch.Tensor:
+        """The embeddings of all prompts in the base's type.
+
+        Raises:
+            `ValueError`: naming the prompts that hold NaN or infinity, or would in this type.
+        """
+        embeddings = self.embeddings()
+        cast = embeddings.to(dtype)
+        finite = cast.detach().isfinite().all(-1)  # [sum_i k_i]
+        if not finite.all():
+            bad = [i for i, part in enumerate(finite.split(self.lengths)) if not part.all()]
+            if embeddings.isfinite().all():
+                raise ValueError(
+                    f"prompt(s) {bad} of the bank hold numbers up to {embeddings.abs().max():.3g}, which {dtype} cannot hold: "
+                    "load the base in bfloat16 or float32"
+                )
+            raise ValueError(
+                f"prompt(s) {bad} of the bank hold NaN or infinity: reload the adapter or lower the learning rate"
+            )
+        return cast
+
+    def rows(self, prompt_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The prompt of each row, `[batch, K, d]`, right-aligned; shorter ones are preceded by their first token.
+
+        Args:
+            prompt_ids (`torch.Tensor`): int64 `[batch]`, from 0 to M-1.
+        """
+        embeddings = self.embeddings_as(dtype)
+        return embeddings[self.token_index("right", embeddings.device)[prompt_ids.to(embeddings.device)]]
 
     def token_index(self, align: str, device: torch.device) -> torch.Tensor:
         """int64 `[M, K]`: which row of `weight` stands in slot j of prompt i.

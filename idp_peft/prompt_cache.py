@@ -6,6 +6,7 @@ run through the base model once, alone; a request copies the rows of its chosen 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,10 +14,11 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from idp_peft.hosting.architectures import cache_name, forward_parameters
-from idp_peft.hosting.per_layer_inputs import of_prompts_alone
+from idp_peft.hosting.architectures import cache_name, forward_parameters, of_prompts_alone
 from idp_peft.hosting.sharding import gathers
 from idp_peft.prompt_bank import PromptBank
+
+_lock = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,8 @@ def compute_prompt_cache(
     Raises:
         `ValueError`: where a prompt, or what the base makes of it, holds NaN or infinity.
     """
-    tokens = bank.tokens()  # [sum_i k_i, d]
-    check_finite(bank, tokens, dtype)
-    device, longest = tokens.device, bank.max_length
+    embeddings = bank.embeddings_as(dtype)  # [sum_i k_i, d]
+    device, longest = embeddings.device, bank.max_length
     prompts = torch.arange(bank.num_prompts, device=device) if prompts is None else prompts.to(device)
     lengths = torch.tensor(bank.lengths, device=device)[prompts]
     slots = torch.arange(longest, device=device)
@@ -117,7 +118,7 @@ def compute_prompt_cache(
     if gathers(decoder):  # its own hooks would drop, behind this run, what the forward around it has gathered
         decoder.unshard()
         run = decoder.forward
-    embeds = tokens.to(dtype)[index]  # [m, K (+ 1), d]
+    embeds = embeddings[index]  # [m, K (+ 1), d]
     run(
         inputs_embeds=embeds,
         use_cache=True,
@@ -145,26 +146,58 @@ def compute_prompt_cache(
     return PromptCache(keys, values, [bank.lengths[prompt] for prompt in prompts.tolist()])
 
 
-def check_finite(bank: PromptBank, tokens: torch.Tensor, dtype: torch.dtype) -> None:
-    """Raise where a prompt holds NaN or infinity, or would once it is cast to the base's type.
+class RememberedCache:
+    """The prompt cache of one adapter, kept until anything it depends on changes.
 
-    Args:
-        bank (`PromptBank`): the prompts.
-        tokens (`torch.Tensor`): its tokens, `[sum_i k_i, d]`.
-        dtype (`torch.dtype`): what they are cast to.
-
-    Raises:
-        `ValueError`: naming the prompts.
+    It depends on the prompts (compared by value: no way of writing them escapes that), the base's tensors (compared by
+    their version counters), the device, the dtype and autocast.
     """
-    tokens = tokens.detach()
-    finite = tokens.to(dtype).isfinite().all(-1)  # [sum_i k_i]
-    if not finite.all():
-        bad = [i for i, part in enumerate(finite.split(bank.lengths)) if not part.all()]
-        if tokens.isfinite().all():
-            raise ValueError(
-                f"prompt(s) {bad} of the bank hold numbers up to {tokens.abs().max():.3g}, which {dtype} cannot hold: load the "
-                "base in bfloat16 or float32"
-            )
-        raise ValueError(
-            f"prompt(s) {bad} of the bank hold NaN or infinity: reload the adapter or lower the learning rate"
+
+    def __init__(self) -> None:
+        self._cache: PromptCache | None = None
+        self._prompts: torch.Tensor | None = None
+        self._setting: tuple | None = None
+        self._base: list[torch.Tensor] = []
+        self._base_version = 0
+
+    def get(
+        self, decoder: nn.Module, bank: PromptBank, dtype: torch.dtype, rotary_length: int | None = None
+    ) -> PromptCache:
+        """The prompt cache, computed without gradients where it is missing or stale.
+
+        Two threads that ask at once wait for one computation.
+        """
+        with _lock, torch.inference_mode(False), torch.no_grad():
+            prompts = bank.embeddings()
+            device = prompts.device.type
+            autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+            setting = (prompts.device, prompts.dtype, dtype, autocast, tuple(bank.lengths), rotary_length)
+            if not self._is_fresh(prompts, setting):
+                self.forget()
+                base = _base_tensors(decoder)
+                self._cache = compute_prompt_cache(decoder, bank, dtype, rotary_length)
+                self._prompts, self._setting = prompts.clone(), setting
+                self._base, self._base_version = base, _version(base)
+            return self._cache
+
+    def forget(self) -> None:
+        """Drop the cache; the next request computes it again. Needed only by whoever replaces base weights by hand."""
+        self.__init__()
+
+    def _is_fresh(self, prompts: torch.Tensor, setting: tuple) -> bool:
+        return (
+            self._cache is not None
+            and self._setting == setting
+            and self._base_version == _version(self._base)
+            and torch.equal(self._prompts, prompts)
         )
+
+
+def _base_tensors(decoder: nn.Module) -> list[torch.Tensor]:
+    """The base's weights, packed ones included; not what its modules compute for themselves (rotary frequencies)."""
+    state = decoder.state_dict(keep_vars=True)
+    return [value for name, value in state.items() if isinstance(value, torch.Tensor) and not name.startswith("idp.")]
+
+
+def _version(tensors: list[torch.Tensor]) -> int:
+    return sum(0 if tensor.is_inference() else tensor._version for tensor in tensors)

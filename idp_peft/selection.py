@@ -2,35 +2,35 @@
 
     i*(x) = argmax_i  mean_{heads, t in ctx(x), j <= k_i}  A[t, (i, j)]
 
-`A` is the attention of the selection layer when all M prompts stand in front of the input at once, in one softmax, no
-prompt sees another, and each prompt ends right before the input: prompt i has positions K-k_i .. K-1, the input starts
-at K. `ctx(x)` are the tokens the choice may look at. This file turns queries and keys into that choice; where they come
-from is `probe.py`.
+`A` is the attention of the selection layer when all M prompts stand in front of the input at once, in one softmax, and no
+prompt sees another. Each prompt ends right before the input: prompt i has positions K-k_i .. K-1, the input starts at K.
+`ctx(x)` are the tokens that the choice may look at. `probe.py` computes A; [`select`] makes every choice of this package.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 
 import torch
 
-from idp_peft.hosting.reach import EVERYTHING, Reach
-
-# Attention logits of this many elements are held at once (64 MiB in float32).
-_CHUNK_ELEMENTS = 2**24
+from idp_peft.hosting.checks import checked_tokens
+from idp_peft.hosting.prompt_ids import AUTO, CHOOSES, check_prompt_ids
+from idp_peft.hosting.sharding import place_in_batch
+from idp_peft.probe import attention_on_bank
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What was chosen for each row of a batch.
+    """The prompt of each row of a batch.
 
     Args:
         prompt_ids (`torch.Tensor`): int64 `[batch]`, the prompt of each row; -1 where a row was given none. (While
             `assignment="all"` trains: `[M * batch]`, prompt after prompt.)
-        scores (`torch.Tensor`, *optional*): float32 `[batch, M]`, the score of each prompt (the equation above);
-            `None` where nothing was compared (forced, random, fixed or assigned). Beside rows that choose ("auto"),
-            forced rows have NaN.
-        prompt_names (`list[str]`, *optional*): what the adapter calls its M prompts.
+        scores (`torch.Tensor`, *optional*): float32 `[batch, M]`, the score of each prompt (the equation above). `None`
+            where nothing was compared (forced, random, fixed or assigned). Forced rows beside rows that choose ("auto")
+            have NaN.
+        prompt_names (`list[str]`, *optional*): the adapter's names of its M prompts.
     """
 
     prompt_ids: torch.Tensor
@@ -45,139 +45,85 @@ class Selection:
         return [None if chosen < 0 else self.prompt_names[chosen] for chosen in self.prompt_ids.tolist()]
 
 
-@dataclass(frozen=True)
-class BlockMask:
-    """Who sees whom while the input is compared with all prompts at once.
+def select(
+    layer,
+    inputs: dict,
+    attention_mask: torch.Tensor | None = None,
+    selection_mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    prompt_ids=None,
+    training: bool = False,
+) -> Selection:
+    """The prompt of each row: the forced one, else the one that training assigns, else i*(x) by the adapter's rule.
 
-    Keys are the S = sum_i k_i prompt tokens, prompt after prompt, then the n input tokens.
-
-    Args:
-        lengths (`list[int]`): k_i of each prompt.
-        attention_mask (`torch.Tensor`): bool `[batch, n]`, real tokens of the input.
-    """
-
-    lengths: list[int]
-    attention_mask: torch.Tensor
-
-    @property
-    def prompt_tokens(self) -> int:
-        return sum(self.lengths)
-
-    def prompt_positions(self) -> torch.Tensor:
-        """int64 `[S]`: every prompt ends at position K-1."""
-        last = max(self.lengths)
-        return torch.cat([torch.arange(last - length, last) for length in self.lengths]).to(self.attention_mask.device)
-
-    def input_positions(self) -> torch.Tensor:
-        """int64 `[batch, n]`: real tokens count up from K, whatever the padding."""
-        ranks = self.attention_mask.long().cumsum(-1) - 1
-        return ranks.clamp(min=0) + max(self.lengths)
-
-    def visible(self, start: int, stop: int, reach: Reach, given: torch.Tensor | None = None) -> torch.Tensor:
-        """bool `[batch, 1, stop-start, S+n]`: keys that the queries `start..stop-1` may attend to.
-
-        Args:
-            reach (`Reach`): how far back the layer attends.
-            given (`torch.Tensor`, *optional*): bool `[batch, 1, n, n]`, what the input's tokens see of each other; by
-                default those before them, as far as the layer reaches.
-        """
-        batch, tokens = self.attention_mask.shape
-        device = self.attention_mask.device
-        query_index = torch.arange(start, stop, device=device)  # [q]
-        own = (torch.arange(tokens, device=device) <= query_index[:, None]) & self.attention_mask[:, None]  # [B, q, n]
-        prompts = own.new_ones(batch, stop - start, self.prompt_tokens)  # [B, q, S]
-        if reach.size is not None:
-            positions = self.input_positions()
-            queries = positions[:, start:stop, None]  # [B, q, 1]
-            own = own & reach.covers(queries, positions[:, None])
-            prompts = reach.covers(queries, self.prompt_positions())
-        if given is not None:
-            own = given[:, 0, start:stop] & self.attention_mask[:, None]
-        return torch.cat([prompts, own], dim=-1)[:, None]
-
-
-@dataclass(frozen=True)
-class AttentionLayer:
-    """The numbers of one attention layer that its logits depend on, as transformers passes them to an attention
-    function: `scaling`, `softcap` (Gemma 2), `reach` (sliding windows, chunks), `sinks` (one logit per head, GPT-OSS),
-    `bias` (`[batch, heads or 1, n, S+n]`, what the layer itself adds to the logits, Doge)."""
-
-    scaling: float
-    softcap: float | None = None
-    reach: Reach = EVERYTHING
-    sinks: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-
-    def probabilities(
-        self, query: torch.Tensor, key: torch.Tensor, start: int, mask: BlockMask, given: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Attention of some queries over all keys, float32 `[batch, heads, q, S+n]`.
-
-        Args:
-            query (`torch.Tensor`): `[batch, heads, q, head_dim]`.
-            key (`torch.Tensor`): `[batch, kv_heads, S+n, head_dim]`.
-            start (`int`): which of the input's tokens the first query is.
-            mask (`BlockMask`): who sees whom.
-            given (`torch.Tensor`, *optional*): as in [`BlockMask.visible`].
-        """
-        batch, heads, queries, width = query.shape
-        visible = mask.visible(start, start + queries, self.reach, given)  # [B, 1, q, S+n]
-        kv_heads = key.shape[1]
-        if query.dtype == torch.float16:  # a product of queries and keys can pass 65,504
-            query, key = query.float(), key.float()
-        # In place where it can be: these tensors are the largest of a choice, and each pass over them is felt.
-        grouped = (query * self.scaling).reshape(batch, kv_heads, heads // kv_heads * queries, width)
-        logits = (grouped @ key.transpose(-1, -2)).view(batch, heads, queries, -1).float()
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        if self.bias is not None:
-            logits += self.bias[:, :, start : start + queries]
-        logits.masked_fill_(~visible, torch.finfo(logits.dtype).min)
-        if self.sinks is None:
-            return logits.softmax(-1)
-        sinks = self.sinks.float().view(1, heads, 1, 1).expand(batch, heads, queries, 1)
-        return torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
-
-
-def attention_on_prompts(
-    query: torch.Tensor, key: torch.Tensor, layer: AttentionLayer, mask: BlockMask, given: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Attention that each input token pays to each prompt, summed over the prompt's tokens and averaged over heads.
-
-    Works through the queries in chunks, so that memory stays flat for long inputs.
+    A row's choice depends on that row alone: not on padding, not on other rows, and not on what the model ran before.
 
     Args:
-        query (`torch.Tensor`): `[batch, heads, n, head_dim]`, queries of the input.
-        key (`torch.Tensor`): `[batch, kv_heads, S+n, head_dim]`, keys of all prompts, then of the input.
-        given (`torch.Tensor`, *optional*): as in [`BlockMask.visible`].
+        layer (`IDPLayer`): whose active adapter decides.
+        inputs (`dict`): `input_ids` `[batch, n]` or `inputs_embeds` `[batch, n, d]`.
+        attention_mask (`torch.Tensor`, *optional*): `[batch, n]`, padded on either side; by default all tokens are real.
+        selection_mask (`torch.Tensor`, *optional*): `[batch, n]`, the tokens that may steer the choice.
+        labels (`torch.Tensor`, *optional*): `[batch, n]`. Without a `selection_mask`, the choice reads what stands before a
+            row's first label.
+        prompt_ids (*optional*): forced prompts, in any form that [`check_prompt_ids`] takes; `"auto"` lets a row choose.
+        training (`bool`, defaults to `False`): whether `config.assignment` decides for rows that are not forced.
 
-    Returns:
-        `torch.Tensor`: float32 `[batch, n, M]`.
+    Raises:
+        `ValueError`: for an empty input, a row without a token to choose by, more tokens than the base has positions, or
+            `prompt_ids` that are none.
     """
-    batch, heads, tokens, _ = query.shape
-    chunk = max(1, _CHUNK_ELEMENTS // (batch * heads * key.shape[2]))
-    shares = []
-    for start in range(0, tokens, chunk):
-        stop = min(start + chunk, tokens)
-        weights = layer.probabilities(query[:, :, start:stop], key, start, mask, given)
-        shares.append(sum_by_prompt(weights.mean(1), mask))
-    return torch.cat(shares, dim=1)
+    config = layer.active_config
+    mask = checked_tokens(layer.decoder, layer.active_bank.max_length, inputs, attention_mask)
+    arguments = (layer, inputs, mask, selection_mask, labels, training)
+    if prompt_ids is None:
+        return replace(_assign_or_choose(*arguments), prompt_names=config.prompt_names)
+    forced = check_prompt_ids(prompt_ids, len(mask), config.num_prompts, config.prompt_names)
+    rows = (forced == CHOOSES).nonzero().flatten().cpu()
+    if not len(rows):
+        return Selection(forced, prompt_names=config.prompt_names)
+    chosen = _assign_or_choose(*arguments, rows)
+    forced = forced.to(chosen.prompt_ids.device, copy=True)
+    forced[rows] = chosen.prompt_ids
+    scores = chosen.scores
+    if scores is not None:
+        scores = scores.new_full((len(forced), config.num_prompts), torch.nan)
+        scores[rows] = chosen.scores
+    return Selection(forced, scores, config.prompt_names)
 
 
-def sum_by_prompt(attention: torch.Tensor, mask: BlockMask) -> torch.Tensor:
-    """Attention on each prompt, summed over its tokens: `[batch, q, S+n]` to `[batch, q, M]`."""
-    on_prompts = attention[..., : mask.prompt_tokens].split(mask.lengths, dim=-1)
-    return torch.stack([part.sum(-1) for part in on_prompts], dim=-1)
+def _assign_or_choose(layer, inputs, mask, selection_mask, labels, training, rows=None) -> Selection:
+    """The prompts of rows that are not forced: int64 `rows`, on the CPU; all rows by default."""
+    config, count = layer.active_config, len(mask) if rows is None else len(rows)
+    if training and config.num_prompts > 1:
+        if config.assignment == "uniform":
+            return Selection(deal_evenly(count, config.num_prompts, *place_in_batch()))
+        if config.assignment == "all":
+            raise ValueError(
+                "assignment='all' works through the model's own forward with `labels`, not by calling its decoder, and "
+                f"not with {AUTO!r} among `prompt_ids`: use assignment='selected' or 'uniform'"
+            )
+        if config.chooses and labels is None and selection_mask is None:
+            _warn_that_targets_may_steer(layer)
+    if not config.chooses:
+        return Selection(torch.full((count,), config.fixed_prompt, device=mask.device))
+    context = context_tokens(mask, selection_mask, labels, rows)
+    if rows is not None:
+        inputs, mask = {name: value[rows] for name, value in inputs.items()}, mask[rows]
+    if config.selection == "random":
+        return Selection(random_prompts(_content(inputs), context, config.num_prompts, config.selection_seed))
+    on_prompts = attention_on_bank(layer, layer.selection_layer, inputs, mask)  # [B, n, M]
+    scores = scores_from_attention(on_prompts, context, layer.active_bank.lengths, config.selection_reduction)
+    return Selection(scores.argmax(-1), scores)
 
 
 def scores_from_attention(
     on_prompts: torch.Tensor, context: torch.Tensor, lengths: list[int], reduction: str
 ) -> torch.Tensor:
-    """The score of each prompt: mean over the context, and over the prompt's tokens when `reduction="mean"`.
+    """The score of each prompt: the mean over the context, and over the prompt's tokens where `reduction="mean"`.
 
     Args:
-        on_prompts (`torch.Tensor`): `[batch, n, M]`, from [`attention_on_prompts`].
-        context (`torch.Tensor`): bool `[batch, n]`, the tokens the choice may look at, at least one per row.
+        on_prompts (`torch.Tensor`): `[batch, n, M]`, attention of each token on each prompt.
+        context (`torch.Tensor`): bool `[batch, n]`, ctx(x), at least one token per row.
 
     Returns:
         `torch.Tensor`: float32 `[batch, M]`.
@@ -198,12 +144,82 @@ def scores_from_attention(
     return scores
 
 
-def deal_evenly(batch: int, num_prompts: int, rank: int = 0, processes: int = 1) -> torch.Tensor:
-    """`assignment="uniform"`: a shuffled deal of the prompts over a batch, int64 `[batch]`; counts differ by one at
-    most. Drawn from torch's global CPU generator, which `Trainer` saves and restores with its checkpoints.
+def context_tokens(
+    attention_mask: torch.Tensor,
+    selection_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """ctx(x): the tokens that the choice may look at, bool `[batch, n]`, of all rows or of those that choose.
 
-    Several processes draw the same deal for the whole batch, since trainers seed them alike, and each takes its part: what
-    one process with the whole batch would deal. Drawn for each part alone, all parts would get the same few prompts.
+    `selection_mask` decides where it is given. Else, where `labels` are given, the tokens before a row's first label count
+    (all of them in a row without such tokens). Padding never counts.
+
+    Args:
+        rows (`torch.Tensor`, *optional*): int64 `[choosing]`, the rows that choose; all by default.
+
+    Raises:
+        `ValueError`: where a row that chooses has no token to choose by.
+    """
+    given = attention_mask.bool()
+    context, hint = given, "`attention_mask` has no real token in row(s) {rows}: drop them, or force `prompt_ids`"
+    if selection_mask is not None:
+        if selection_mask.shape != given.shape:
+            raise ValueError(
+                f"`selection_mask` must have the input's shape {list(given.shape)}, got {list(selection_mask.shape)}"
+            )
+        context = given & selection_mask.to(given.device).bool()
+        hint = "`selection_mask` leaves no token to choose a prompt by in row(s) {rows}: mark at least one real token"
+    elif labels is not None:
+        labelled = labels.to(given.device) != -100
+        before = labelled.long().cumsum(-1) == 0  # [B, n]
+        context = given & before & labelled.any(-1, keepdim=True)
+        context = torch.where(context.any(-1, keepdim=True), context, given)
+    context = context if rows is None else context[rows]
+    if not (has_context := context.any(-1)).all():
+        empty = (~has_context).nonzero().flatten().cpu()
+        raise ValueError(hint.format(rows=(empty if rows is None else rows[empty]).tolist()))
+    return context
+
+
+def random_prompts(content: torch.Tensor, context: torch.Tensor, num_prompts: int, seed: int) -> torch.Tensor:
+    """`selection="random"`: a reproducible random prompt per row, a hash of the row's context and the seed.
+
+    Padding does not enter the hash, so a row gets the same prompt alone and in any batch.
+
+    Args:
+        content (`torch.Tensor`): int64 `[batch, n]`, token ids (or any integer code of the inputs).
+        context (`torch.Tensor`): bool `[batch, n]`.
+
+    Returns:
+        `torch.Tensor`: int64 `[batch]`.
+    """
+    rank = context.long().cumsum(-1)  # 1, 2, ... over the context, whatever stands between
+    terms = _mix(content.long() + _mix(rank + seed * 0x9E3779B1)) * context
+    return (_mix(terms.sum(-1) + seed) & (2**62 - 1)) % num_prompts
+
+
+def _mix(value: torch.Tensor) -> torch.Tensor:
+    """The finaliser of splitmix64 on int64 (arithmetic wraps around; shifts are made logical by masking)."""
+    value = (value ^ ((value >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
+    value = (value ^ ((value >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
+    return value ^ ((value >> 31) & (2**33 - 1))
+
+
+def _content(inputs: dict) -> torch.Tensor:
+    """An integer code of each input token, int64 `[batch, n]`: its id, or its embedding's bits."""
+    for name in ("input_ids", "token_ids"):
+        if name in inputs:
+            return inputs[name]
+    return inputs["inputs_embeds"].detach().float().contiguous().view(torch.int32).long().sum(-1)
+
+
+def deal_evenly(batch: int, num_prompts: int, rank: int = 0, processes: int = 1) -> torch.Tensor:
+    """`assignment="uniform"`: a shuffled deal of the prompts over a batch, int64 `[batch]`; counts differ by one at most.
+
+    It is drawn from torch's global CPU generator, which `Trainer` saves with its checkpoints. Several processes draw the
+    same deal for the whole batch, since trainers seed them alike, and each takes its part. (Drawn for each part alone, all
+    parts would get the same few prompts.)
 
     Args:
         batch (`int`): rows of this process.
@@ -215,42 +231,14 @@ def deal_evenly(batch: int, num_prompts: int, rank: int = 0, processes: int = 1)
     return torch.cat([torch.randperm(num_prompts) for _ in range(deals)])[rank * batch : (rank + 1) * batch]
 
 
-def context_tokens(
-    attention_mask: torch.Tensor,
-    selection_mask: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    rows: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """ctx(x): the tokens the choice may look at, bool `[batch, n]`, of all rows or of those that choose.
-
-    `selection_mask` decides where it is given. Else, where `labels` are given, the tokens before a row's first label
-    (a row without such tokens reads all of them). Padding never counts.
-
-    Args:
-        rows (`torch.Tensor`, *optional*): int64 `[choosing]`, the rows that choose; all by default.
-
-    Raises:
-        `ValueError`: where a row that chooses has no token to choose by.
-    """
-    real = attention_mask.bool()
-    if selection_mask is not None:
-        if selection_mask.shape != real.shape:
-            raise ValueError(
-                f"`selection_mask` must have the input's shape {list(real.shape)}, got {list(selection_mask.shape)}"
-            )
-        context = real & selection_mask.to(real.device).bool()
-        hint = "`selection_mask` leaves no token to choose a prompt by in row(s) {rows}: mark at least one real token"
-    elif labels is not None:
-        labelled = labels.to(real.device) != -100
-        before = labelled.long().cumsum(-1) == 0  # [B, n]
-        context = real & before & labelled.any(-1, keepdim=True)
-        context = torch.where(context.any(-1, keepdim=True), context, real)
-        hint = None
-    else:
-        context, hint = real, None
-    context = context if rows is None else context[rows]
-    if not (has_context := context.any(-1)).all():
-        empty = (~has_context).nonzero().flatten().cpu()
-        hint = hint or "`attention_mask` has no real token in row(s) {rows}: drop them, or force `prompt_ids`"
-        raise ValueError(hint.format(rows=(empty if rows is None else rows[empty]).tolist()))
-    return context
+def _warn_that_targets_may_steer(layer) -> None:
+    """Say once what it means to train without saying which tokens are targets."""
+    if not layer.warned_of_targets:
+        layer.warned_of_targets = True
+        warnings.warn(
+            "this training step says nothing of which tokens are targets, so each row chose its prompt by all of its tokens: "
+            "targets may steer the choice, and the same text may choose another prompt at inference. Pass `labels` (the "
+            "choice then reads what stands before a row's first label) or `selection_mask` in the model's call",
+            UserWarning,
+            stacklevel=2,
+        )

@@ -175,7 +175,7 @@ def save(accelerator, model, inner, folder: Path) -> dict:
         except ValueError as error:
             refused = str(error)
     with torch.no_grad():
-        tokens = bank_of(inner).tokens()
+        tokens = bank_of(inner).embeddings()
     return {"forwards_while_saving": calls.count, "refused": refused, "prompts": tokens.tolist()}
 
 

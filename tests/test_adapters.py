@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from idp_peft import IDPConfig
-from idp_peft.choice import select
 from idp_peft.hosting.architectures import find_decoder
+from idp_peft.selection import select
 from tests.hosts import needs_transformers_adapter_methods
 from tests.reference import bank_of, concatenated_logits
 from tests.tiny import NAMES, tiny, token_batch

@@ -169,7 +169,7 @@ def test_tables_of_half_precision_stay_so(tmp_path):
     folder = export_to_vocab(one.adapter, tmp_path / "exported", one.base)
     table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     assert table.dtype == torch.bfloat16
-    bank = one.model.base_model.layer.active_bank.tokens().detach()
+    bank = one.model.base_model.layer.active_bank.embeddings().detach()
     assert torch.equal(table[VOCAB : VOCAB + 12], bank.to(torch.bfloat16))
 
 

@@ -10,8 +10,7 @@ from peft import get_peft_model
 
 from idp_peft import IDPConfig
 from idp_peft.composition.base_skeleton import position_counts_bank
-from idp_peft.hosting.architectures import find_decoder
-from idp_peft.hosting.reach import first_scaled_slot
+from idp_peft.hosting.architectures import find_decoder, first_scaled_slot
 from tests.every_model.check import tokens
 from tests.every_model.shrink import tiny_model
 from tests.every_model.sweep import outcome, read_results, rows

@@ -11,8 +11,8 @@ import torch
 from transformers import Cache, DynamicCache
 
 from idp_peft.analysis import attention_map, selection_report
-from idp_peft.choice import select
 from idp_peft.evaluation.prompted import choose
+from idp_peft.selection import select
 from idp_peft.serving import ExportedModel, Router, VllmPrompts, export_to_vocab
 from idp_peft.serving.prompted_request import RequestPrompter
 from tests.reference import concatenated_logits

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from idp_peft import remembered_cache
+from idp_peft import prompt_cache as remembered_cache
 from tests.reference import bank_of, concatenated_logits
 from tests.tiny import tiny, token_batch
 

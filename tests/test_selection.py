@@ -5,31 +5,30 @@ from __future__ import annotations
 import pytest
 import torch
 
-from idp_peft.random_choice import choose_random
-from idp_peft.selection import context_tokens, deal_evenly, scores_from_attention
+from idp_peft.selection import context_tokens, deal_evenly, random_prompts, scores_from_attention
 from tests.reference import brute_force_scores
 from tests.tiny import tiny, token_batch
 
 
 def test_random_choice_depends_on_the_context_alone():
     ids, mask = token_batch([9, 5, 7])
-    chosen = choose_random(ids, mask.bool(), 4, seed=3)
+    chosen = random_prompts(ids, mask.bool(), 4, seed=3)
     for row in range(3):
         alone = ids[row][mask[row].bool()][None]
-        assert choose_random(alone, torch.ones_like(alone).bool(), 4, seed=3) == chosen[row]
+        assert random_prompts(alone, torch.ones_like(alone).bool(), 4, seed=3) == chosen[row]
     right, right_mask = token_batch([9, 5, 7], "right")
-    assert torch.equal(choose_random(right, right_mask.bool(), 4, seed=3), chosen)
+    assert torch.equal(random_prompts(right, right_mask.bool(), 4, seed=3), chosen)
 
 
 def test_random_choice_is_even_and_changes_with_the_seed():
     ids = torch.randint(0, 50_000, (20_000, 6), generator=torch.Generator().manual_seed(0))
     context = torch.ones_like(ids).bool()
     for seed in (0, 1, 2**20):
-        counts = choose_random(ids, context, 5, seed).bincount(minlength=5)
+        counts = random_prompts(ids, context, 5, seed).bincount(minlength=5)
         assert (counts - 4000).abs().max() < 4 * (20_000 * 0.2 * 0.8) ** 0.5  # four standard deviations
-    agree = (choose_random(ids, context, 5, 0) == choose_random(ids, context, 5, 1)).float().mean()
+    agree = (random_prompts(ids, context, 5, 0) == random_prompts(ids, context, 5, 1)).float().mean()
     assert 0.18 < agree < 0.22
-    assert (choose_random(ids.flip(1), context, 5, 0) != choose_random(ids, context, 5, 0)).any(), "order must count"
+    assert (random_prompts(ids.flip(1), context, 5, 0) != random_prompts(ids, context, 5, 0)).any(), "order must count"
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3, 4, 10])
@@ -102,7 +101,7 @@ def test_long_inputs_are_scored_in_chunks_with_the_same_result(make, monkeypatch
     with torch.no_grad():
         model(input_ids=ids, attention_mask=mask)
         whole = model.last_selection.scores
-        monkeypatch.setattr("idp_peft.selection._CHUNK_ELEMENTS", 700)
+        monkeypatch.setattr("idp_peft.probe._CHUNK_ELEMENTS", 700)
         model(input_ids=ids, attention_mask=mask)
     assert torch.allclose(model.last_selection.scores, whole, atol=1e-6)
 

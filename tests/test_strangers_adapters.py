@@ -244,7 +244,7 @@ def test_a_config_that_asks_for_more_than_its_file_holds_is_refused_before_anyth
 
 
 def test_scores_beyond_half_precision_still_choose_as_in_single(make):
-    from idp_peft.selection import AttentionLayer, BlockMask
+    from idp_peft.probe import AttentionLayer, BlockMask
 
     query, key = torch.full((1, 1, 1, 4), 200.0), torch.tensor([[[[300.0] * 4, [400.0] * 4]]])
     one, mask = AttentionLayer(1.0), BlockMask([1], torch.ones(1, 1, dtype=torch.bool))

@@ -15,8 +15,9 @@ from transformers import AttentionInterface
 
 from idp_peft import probe
 from idp_peft.hosting.architectures import find_attention, find_blocks, uses_interface
+from idp_peft.probe import BlockMask
 from idp_peft.prompt_cache import PromptCache
-from idp_peft.selection import BlockMask, scores_from_attention
+from idp_peft.selection import scores_from_attention
 
 _IMPLEMENTATION = "idp_every_layer"
 _pass: ContextVar[tuple[list[torch.Tensor], BlockMask]] = ContextVar("idp_every_layer")

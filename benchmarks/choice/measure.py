@@ -12,10 +12,10 @@ from benchmarks.choice.every_layer import first_token_shares, scores_at_every_la
 from benchmarks.choice.losses import nats_of_every_prompt
 from benchmarks.choice.orders import all_orders, balanced_orders, dependence
 from benchmarks.choice.views import idp_scores, naive_scores
-from idp_peft.choice import select
 from idp_peft.evaluation.prompted import idp_layer
 from idp_peft.hosting.architectures import rotary_length
 from idp_peft.layer import IDPLayer
+from idp_peft.selection import select
 
 _CONFIG = ("num_prompts", "selection", "selection_layer", "selection_reduction", "assignment", "init")
 

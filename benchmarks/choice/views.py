@@ -11,12 +11,12 @@ from transformers import DynamicCache
 
 from benchmarks.choice.every_layer import scores_at_every_layer
 from idp_peft.analysis.taps import eager_attention
-from idp_peft.call import internal_run
+from idp_peft.forward import internal_run
 from idp_peft.hosting.architectures import cache_name
 from idp_peft.layer import IDPLayer
+from idp_peft.probe import BlockMask, sum_by_prompt
 from idp_peft.prompt_bank import PromptBank
 from idp_peft.prompt_cache import PromptCache, compute_prompt_cache
-from idp_peft.selection import BlockMask, sum_by_prompt
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def by_prompt(by_place: torch.Tensor, order: list[int]) -> torch.Tensor:
 def _cache(layer: IDPLayer, order: list[int], as_one: bool = False) -> PromptCache:
     """Keys and values of the prompts in an order; `as_one`: of one prompt that is all of them, end to end."""
     bank = layer.active_bank
-    prompts = bank.tokens().split(bank.lengths)
+    prompts = bank.embeddings().split(bank.lengths)
     lengths = [bank.lengths[i] for i in order]
     ordered = PromptBank([sum(lengths)] if as_one else lengths, bank.embedding_dim)
     ordered.weight.copy_(torch.cat([prompts[i] for i in order]))

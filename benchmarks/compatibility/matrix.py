@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from idp_peft import IDPConfig
-from idp_peft.choice import select
+from idp_peft.selection import select
 
 METHODS = ("base", "idp", "prompt_tuning", "lora")
 TOLERANCE = 1e-4

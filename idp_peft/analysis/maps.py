@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from idp_peft.analysis.measure import active_layer
-from idp_peft.choice import attention_on_bank
 from idp_peft.hosting.architectures import check_selection_layer, find_blocks
-from idp_peft.hosting.checks import real_tokens
+from idp_peft.hosting.checks import checked_tokens
+from idp_peft.probe import attention_on_bank
 
 
 def attention_map(model, input_ids, attention_mask=None, layer: int | None = None) -> torch.Tensor:
@@ -45,5 +45,10 @@ def attention_map(model, input_ids, attention_mask=None, layer: int | None = Non
     check_selection_layer(owner.decoder, layer)
     rows = {"input_ids": ids.view(-1, ids.shape[-1])}
     number = layer % len(find_blocks(owner.decoder)[1])
-    on_prompts = attention_on_bank(owner, number, rows, real_tokens(owner, rows, real.view(-1, ids.shape[-1])))
+    on_prompts = attention_on_bank(
+        owner,
+        number,
+        rows,
+        checked_tokens(owner.decoder, owner.active_bank.max_length, rows, real.view(-1, ids.shape[-1])),
+    )
     return on_prompts.view(*ids.shape, -1).cpu()

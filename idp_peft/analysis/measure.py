@@ -12,10 +12,9 @@ from tqdm.auto import tqdm
 from idp_peft.analysis.examples import IGNORED, Example, collate, read_examples
 from idp_peft.analysis.quietly import quietly
 from idp_peft.analysis.report import SelectionReport
-from idp_peft.choice import select
 from idp_peft.evaluation.prompted import input_logits
 from idp_peft.layer import IDPLayer
-from idp_peft.selection import context_tokens
+from idp_peft.selection import context_tokens, select
 
 _BAR_AFTER = 5  # seconds
 

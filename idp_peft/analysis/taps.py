@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from idp_peft.call import is_internal_run
+from idp_peft.forward import is_internal_run
 from idp_peft.hosting.architectures import by_name, find_attention, find_blocks, forward_parameters
 from idp_peft.hosting.sharding import unwrapped
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from idp_peft.choice import select
 from idp_peft.hosting.prompt_ids import AUTO, check_prompt_ids
 from idp_peft.layer import IDPLayer
+from idp_peft.selection import select
 
 
 def idp_layer(model) -> IDPLayer | None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from functools import cache
-from itertools import chain
-from types import CodeType
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
+from idp_peft.hosting.introspection import names_in_forward
 from idp_peft.hosting.sharding import gathers, whole_shape
 
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _POSITION_TABLES = ("wpe", "embed_positions")
+_MASKS = {"create_sliding_window_causal_mask", "create_chunked_causal_mask"}  # for layers that do not reach all
+PER_LAYER_INPUTS = "per_layer_inputs"
 _CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument, and takes the old name too
 
 
@@ -83,17 +85,6 @@ def replace_cache(output, cache) -> None:
     name = next((name for name in _CACHE_NAMES if name in output), None)
     if name is not None:
         output[name] = cache
-
-
-@cache
-def names_in_forward(module_class: type[nn.Module]) -> list[str]:
-    """Every name that a module class's forward looks up."""
-
-    def names(code) -> list[str]:
-        inner = (names(part) for part in code.co_consts if isinstance(part, CodeType))
-        return [*code.co_names, *chain.from_iterable(inner)]
-
-    return names(inspect.unwrap(module_class.forward).__code__)
 
 
 @cache
@@ -219,3 +210,127 @@ def by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:
     if name is not None and any(other in named for other in _CACHE_NAMES if other != name):
         named = with_cache(named, given_cache(named), name)
     return named
+
+
+# ------------------------------------------------------------------ how far back layers attend
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far back a layer attends, in positions.
+
+    Args:
+        window (`int`, *optional*): the last `window` positions (sliding attention).
+        chunk (`int`, *optional*): the positions of the same chunk of `chunk` (Llama 4).
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+
+    @property
+    def size(self) -> int | None:
+        """The most positions that a token attends to; `None` where it attends to all before it."""
+        return self.chunk if self.window is None else self.window
+
+    def covers(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Which of the positions `keys` are near enough to the positions `queries`, of shapes that broadcast."""
+        if self.window is not None:
+            return queries - keys < self.window
+        return queries // self.chunk == keys // self.chunk
+
+
+EVERYTHING = Reach()
+
+
+def reaches(decoder: nn.Module) -> list[Reach]:
+    """How far back each layer attends: what the cache that transformers makes for the decoder keeps."""
+    config = decoder.config
+    if config.model_type == "gpt_neo":  # keeps all keys, and masks them itself
+        return [Reach(window=config.window_size if kind == "local" else None) for kind in config.attention_layers]
+    kinds = getattr(config, "layer_types", None) or []
+    every_layer_chunked = not kinds and getattr(config, "sliding_window", None) is None
+    found = []
+    for layer, cache_layer in enumerate(DynamicCache(config=config).layers):
+        size = getattr(cache_layer, "sliding_window", None)
+        chunked = kinds[layer] == "chunked_attention" if kinds else every_layer_chunked
+        found.append(Reach(chunk=size) if chunked else Reach(window=size))
+    # Layers that read the keys of earlier ones keep none in transformers 5.0; those with a window say so when they attend.
+    return found + [EVERYTHING] * (config.num_hidden_layers - len(found))
+
+
+def masks_by_reach(decoder: nn.Module) -> bool:
+    """Whether a decoder asks transformers for masks of windows or chunks: Moshi's cache keeps a window, and its masks do not
+    know of it."""
+    return not _MASKS.isdisjoint(names_in_forward(type(decoder)))
+
+
+def distances_from_slots(decoder: nn.Module, slots: int | None) -> bool:
+    """Whether the decoder measures some distance in cache slots, padding included: an ALiBi bias built from the length
+    (MPT), or a sliding window or a chunk that `slots` slots fill.
+
+    Args:
+        slots (`int`, *optional*): how many slots will be used at most; `None` where the sequence may go on.
+    """
+    if decoder.config.model_type == "mpt":
+        return True
+    sizes = [reach.size for reach in reaches(decoder) if reach.size is not None]
+    return bool(sizes) and (slots is None or slots >= min(sizes))
+
+
+def first_scaled_slot(decoder: nn.Module) -> int | None:
+    """The first cache slot from which a decoder scales attention by the slot, padding included; `None` where by positions, or
+    not at all (Llama 4 in layers without rotary positions; Ministral 3 in transformers 5.0)."""
+    config = decoder.config
+    if getattr(config, "attn_temperature_tuning", False) and not all(getattr(config, "no_rope_layers", None) or [True]):
+        return config.floor_scale - 1
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("llama_4_scaling_beta") and "cache_position" in forward_parameters(type(decoder)):
+        return rope["original_max_position_embeddings"]
+    return None
+
+
+# ------------------------------------------------------------------ embeddings per layer (Gemma 3n, Gemma 4)
+
+
+def has_per_layer_inputs(decoder: nn.Module) -> bool:
+    """Whether the decoder looks up embeddings per layer."""
+    return PER_LAYER_INPUTS in forward_parameters(type(decoder)) and bool(decoder.config.hidden_size_per_layer_input)
+
+
+def of_prompts_alone(decoder: nn.Module, prompts: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What to call a decoder with, beside the embeddings of prompts `[m, K, d]` and nothing else."""
+    needed = has_per_layer_inputs(decoder) and not _can_go_without(decoder)
+    return {PER_LAYER_INPUTS: _of_padding(decoder, prompts)} if needed else {}
+
+
+def of_input(decoder: nn.Module, ids: torch.Tensor | None, embeds: torch.Tensor) -> torch.Tensor | None:
+    """The looked-up part of an input, `[batch, n, layers, width]`; `None` where the decoder goes without.
+
+    Args:
+        ids (`torch.Tensor`, *optional*): `[batch, n]`. Without them Gemma 4 finds them by the embeddings.
+        embeds (`torch.Tensor`): `[batch, n, d]`.
+    """
+    if ids is not None:
+        return decoder.get_per_layer_inputs(ids)
+    return None if _can_go_without(decoder) else decoder.get_per_layer_inputs(None, embeds)
+
+
+def of_prompts_beside_input(decoder: nn.Module, prompts: torch.Tensor) -> torch.Tensor:
+    """The part of prompts `[batch, K, d]` where the tokens beside them have one: `[batch, K, layers, width]`.
+
+    Gemma 3n computes `(projected + looked_up) * scale` for a token with an id, and `projected` for one without: so its
+    prompts are given what comes to the same.
+    """
+    if not _can_go_without(decoder):
+        return _of_padding(decoder, prompts)
+    projected = decoder.project_per_layer_inputs(prompts)
+    return projected / decoder.per_layer_input_scale.to(projected) - projected
+
+
+def _can_go_without(decoder: nn.Module) -> bool:
+    return "inputs_embeds" not in inspect.signature(decoder.get_per_layer_inputs).parameters
+
+
+def _of_padding(decoder: nn.Module, embeds: torch.Tensor) -> torch.Tensor:
+    padding = torch.full(embeds.shape[:2], decoder.config.pad_token_id or 0, device=embeds.device)
+    return decoder.get_per_layer_inputs(padding)

@@ -11,8 +11,6 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from idp_peft.config import IDPConfig
-
 _KEY_END = "idp.idp_prompts.weight"
 
 
@@ -20,7 +18,7 @@ def check_weights(
     source: str,
     subfolder: str | None,
     hub_arguments: dict,
-    config: IDPConfig,
+    config,
     width: int,
     model: nn.Module | None = None,
 ) -> None:
@@ -70,7 +68,7 @@ def find_file(source: str, subfolder: str | None, hub_arguments: dict, name: str
 
 
 def check_shapes(
-    shapes: dict[str, tuple[int, ...]], config: IDPConfig, width: int, source: str, model: nn.Module | None = None
+    shapes: dict[str, tuple[int, ...]], config, width: int, source: str, model: nn.Module | None = None
 ) -> None:
     """Check the tensors of an adapter by name and shape.
 
@@ -103,7 +101,7 @@ def check_shapes(
     _check_prompts(shapes[ours[0]], config, width, source)
 
 
-def _check_prompts(found: tuple[int, ...], config: IDPConfig, width: int, source: str) -> None:
+def _check_prompts(found: tuple[int, ...], config, width: int, source: str) -> None:
     if config.num_virtual_tokens is None:
         return
     expected = (sum(config.prompt_lengths), width)
@@ -138,10 +136,8 @@ def check_place(names: Iterable[str], model: nn.Module, source: str) -> None:
     Raises:
         `ValueError`: where they are for another place.
     """
-    from idp_peft.layer import IDPLayer
-
     (found, *_) = [_plain(name) for name in names if name.endswith(_KEY_END)]
-    places = [_plain(name) for name, module in model.named_modules() if isinstance(module, IDPLayer)]
+    places = [_plain(name) for name, module in model.named_modules() if hasattr(module, "idp_prompts")]
     if places and found != f"{places[0]}.idp_prompts.weight":
         raise ValueError(
             f"{source} holds the prompts of {found.removesuffix('.' + _KEY_END)!r}, but this model's decoder is "

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import nn
 from transformers import Cache, EncoderDecoderCache, StaticCache
 
-from idp_peft import call as calls
 from idp_peft.hosting.architectures import (
+    distances_from_slots,
+    first_scaled_slot,
     gathers_layers,
     given_cache,
     has_changing_rotary,
@@ -17,10 +16,14 @@ from idp_peft.hosting.architectures import (
     shares_keys_in_cache,
 )
 from idp_peft.hosting.input_cache import is_prompted
-from idp_peft.hosting.reach import first_scaled_slot
-from idp_peft.hosting.trainers import frames_of_generate, packs_rows
+from idp_peft.hosting.introspection import (
+    continuous_batching_under_construction,
+    is_continuous_batching,
+    variables_of_generate,
+)
+from idp_peft.hosting.prompt_ids import CHOOSES, check_prompt_ids
+from idp_peft.hosting.trainers import packs_rows
 
-_CONTINUOUS = "transformers.generation.continuous_batching"
 _NO_CONTINUOUS = (
     "IDP cannot run in transformers' continuous batching (`generate_batch`, `init_continuous_batching`, "
     "cache_implementation='paged'), which packs the tokens of several texts into one row over paged memory: there is no "
@@ -59,21 +62,23 @@ def checked_mask(kwargs: dict, batch: int, slots: int, of: str) -> torch.Tensor 
     return mask
 
 
-def real_tokens(layer, inputs: dict, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Which tokens of an input that has room behind a layer's prompts are no padding: bool `[batch, n]`."""
+def checked_tokens(
+    decoder: nn.Module, positions: int, inputs: dict, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Which tokens of an input are no padding, bool `[batch, n]`; the input must fit behind `positions` prompt positions."""
     source = checked_inputs(inputs)
     mask = checked_mask({"attention_mask": attention_mask}, *source.shape[:2], "the input")
     real = source.new_ones(source.shape[:2], dtype=torch.bool) if mask is None else mask.to(source.device).bool()
-    check_room(layer.decoder, real.shape[1], layer.active_bank.max_length, real)
+    check_room(decoder, real.shape[1], positions, real)
     return real
 
 
-def refuse_packed(kwargs: dict, real: torch.Tensor) -> None:
+def refuse_packed(kwargs: dict, mask: torch.Tensor) -> None:
     """Raise where a row holds several documents: each would need a prompt of its own."""
     packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx", "cu_seqlens"))
     positions = kwargs.get("position_ids")
-    if not packed and positions is not None and positions.ndim == 2 and positions.shape[-1] == real.shape[-1] > 1:
-        both_real = real[:, 1:] & real[:, :-1]
+    if not packed and positions is not None and positions.ndim == 2 and positions.shape[-1] == mask.shape[-1] > 1:
+        both_real = mask[:, 1:] & mask[:, :-1]
         packed = bool(((positions[:, 1:] <= positions[:, :-1]) & both_real).any())
     if packed or packs_rows():
         raise ValueError(
@@ -86,7 +91,7 @@ def refuse_foreign_cache(cache) -> None:
     """Raise for a cache that is not one decoder's keys and values, row by row."""
     if cache is None or (isinstance(cache, Cache) and not isinstance(cache, EncoderDecoderCache)):
         return
-    if type(cache).__module__.startswith(_CONTINUOUS):
+    if is_continuous_batching(type(cache)):
         raise ValueError(_NO_CONTINUOUS)
     raise ValueError(
         f"IDP needs a cache of the decoder's own keys and values (transformers' `DynamicCache`, `StaticCache`, or a subclass of "
@@ -96,9 +101,7 @@ def refuse_foreign_cache(cache) -> None:
 
 def refuse_continuous_batching(model: nn.Module) -> None:
     """Raise inside the making of a manager for transformers' continuous batching, and leave the attention as it was."""
-    frame = sys._getframe(1)
-    while frame is not None and not frame.f_globals.get("__name__", "").startswith(_CONTINUOUS):
-        frame = frame.f_back
+    frame = continuous_batching_under_construction()
     if frame is None:
         return
     manager, paged = frame.f_locals.get("self"), model.config._attn_implementation
@@ -108,13 +111,13 @@ def refuse_continuous_batching(model: nn.Module) -> None:
     raise ValueError(_NO_CONTINUOUS)
 
 
-def refuse_lost_cache(layer, kwargs: dict, tokens: int) -> None:
+def refuse_lost_cache(model: nn.Module, call, kwargs: dict, tokens: int) -> None:
     """Raise for a step of `generate` that lost both the cache and the tokens before it."""
-    call, mask = calls.current_call(layer), kwargs.get("attention_mask")
+    mask = kwargs.get("attention_mask")
     covers_more = isinstance(mask, torch.Tensor) and mask.shape[-1] > tokens
-    if call is not None and call.generating and call.seen and covers_more:
+    if call.generating and call.checked and covers_more:
         raise ValueError(
-            f"`generate` of {type(layer.model).__name__} dropped the cache and passed {tokens} of {mask.shape[-1]} tokens, as "
+            f"`generate` of {type(model).__name__} dropped the cache and passed {tokens} of {mask.shape[-1]} tokens, as "
             "Phi-3 does in transformers 5.0 where its rotary frequencies change: use a newer transformers, or texts that "
             "stay on one side of that length"
         )
@@ -136,10 +139,9 @@ def refuse_right_padding(mask: torch.Tensor | None) -> None:
         )
 
 
-def refuse_right_padding_by_hosts_generate(layer, mask: torch.Tensor | None) -> None:
+def refuse_right_padding_by_hosts_generate(model: nn.Module, call, mask: torch.Tensor | None) -> None:
     """The same within a `generate` that did not come through [`IDPModel.generate`], which asks for itself."""
-    call = calls.current_call(layer)
-    if (call is None or not call.generating) and frames_of_generate(layer.model):
+    if not call.generating and variables_of_generate(model):
         refuse_right_padding(mask)
 
 
@@ -171,13 +173,13 @@ def refuse_lengths_by_layer(decoder: nn.Module) -> None:
         )
 
 
-def check_room(decoder: nn.Module, tokens: int, positions: int, real: torch.Tensor | None = None) -> None:
+def check_room(decoder: nn.Module, tokens: int, positions: int, mask: torch.Tensor | None = None) -> None:
     """Raise where a decoder with a position table has no positions left for the input behind the prompt.
 
     Args:
         tokens (`int`): length of the input, padding included.
         positions (`int`): K.
-        real (`torch.Tensor`, *optional*): bool `[batch, n]`, the attention mask; padding takes no position.
+        mask (`torch.Tensor`, *optional*): bool `[batch, n]`; padding takes no position.
     """
     keys = getattr(decoder.config, "keep_window_size", None)
     if keys is not None and tokens + positions > keys:
@@ -189,7 +191,7 @@ def check_room(decoder: nn.Module, tokens: int, positions: int, real: torch.Tens
     limit = position_limit(decoder)
     if limit is None or tokens + positions <= limit:
         return
-    tokens = tokens if real is None else int(real.sum(-1).max())
+    tokens = tokens if mask is None else int(mask.sum(-1).max())
     if tokens + positions > limit:
         raise ValueError(
             f"{tokens} input tokens and {positions} prompt positions need {tokens + positions} positions, but the model "
@@ -212,21 +214,94 @@ def refuse_scaled_padding(decoder: nn.Module, slots: int, mask: torch.Tensor | N
         )
 
 
-def refuse_without_own_generate(layer, kwargs: dict) -> None:
-    """Raise for a `generate` that did not come through [`IDPModel.generate`] and needs what only that does."""
-    call = calls.current_call(layer)
-    if call is not None and (call.generating or call.prompt_ids is not None):
+def padding_must_stand_first(
+    decoder: nn.Module, mask: torch.Tensor | None, tokens: int, positions: int, call, goes_on: bool
+) -> bool:
+    """Whether left padding between prompt and input would be counted as distance, now or later in this text.
+
+    Args:
+        mask (`torch.Tensor`, *optional*): `[batch, n]`, the caller's.
+        tokens (`int`): n, padding included.
+        positions (`int`): K.
+        goes_on (`bool`): whether further tokens may follow: as many as `generate` says, or nobody knows how many.
+    """
+    if mask is None:
+        return False
+    slots = (call.total if call.generating else None) if goes_on else tokens
+    slots = None if slots is None else slots + positions
+    refuse_scaled_padding(decoder, tokens + positions if slots is None else slots, mask)
+    return distances_from_slots(decoder, slots) and not bool(mask[:, 0].all())
+
+
+def refuse_tokens_without_prompt(cache, adapter: str) -> None:
+    """Raise for a cache that holds tokens with no prompt in front of them."""
+    held = 0 if cache is None else int(cache.get_seq_length())
+    if held:
+        raise ValueError(
+            f"the cache already holds {held} tokens that no prompt of adapter {adapter!r} stands in front of: start from an "
+            "empty cache"
+        )
+
+
+def refuse_later_tokens_in_a_turn(call) -> None:
+    """Raise for new tokens of a later turn that see tokens behind them."""
+    if call.ready is not None:
+        raise ValueError(
+            "IDP cannot add tokens that see later ones (those of a picture) to a cache: give a model all its pictures in "
+            "the first turn, and in one piece (without `prefill_chunk_size`)"
+        )
+
+
+def prompts_of_earlier_turn(layer, call, front, rows: int) -> torch.Tensor:
+    """The prompts that a cache was started with; a call may not ask for others, since a choice is kept for every turn.
+
+    Args:
+        layer (`IDPLayer`): whose adapter is active.
+        front (`Front`): the prompts at the front of the cache.
+        rows (`int`): rows that the caller gave.
+
+    Returns:
+        `torch.Tensor`: int64 `[rows]`, the prompts that were chosen before.
+    """
+    kept = front.prompt_ids[:: len(front.prompt_ids) // rows]
+    if front.started_by != layer.signature:
+        raise ValueError(
+            f"the cache was started by adapter {front.started_by[1]!r} of "
+            f"{'this' if front.started_by[0] == layer.signature[0] else 'another'} model, adapter "
+            f"{layer.active_name!r} is active: start a new cache, or switch back"
+        )
+    if call.prompt_ids is not None:
+        config = layer.active_config
+        forced = check_prompt_ids(call.prompt_ids, rows, config.num_prompts, config.prompt_names).to(kept.device)
+        forced = torch.where(forced == CHOOSES, kept, forced)
+        if not torch.equal(forced, kept):
+            raise ValueError(
+                f"`prompt_ids` {forced.tolist()} differ from those the cache was started with, {kept.tolist()}: a choice is "
+                "kept for every turn; start a new cache to change it"
+            )
+    if call.selection_mask is not None:
+        raise ValueError("`selection_mask` cannot steer a choice that the cache was started with: start a new cache")
+    return kept
+
+
+def refuse_without_own_generate(model: nn.Module, chooses: bool, call, kwargs: dict) -> None:
+    """Raise for a `generate` that did not come through [`IDPModel.generate`] and needs what only that does.
+
+    Args:
+        chooses (`bool`): whether the active adapter has several prompts to choose from.
+    """
+    if call.generating or call.prompt_ids is not None:
         return
-    frames = frames_of_generate(layer.model)
+    frames = variables_of_generate(model)
     if not frames:
         return
-    cache, config = given_cache(kwargs), layer.active_config
+    cache = given_cache(kwargs)
     settings = next((frame["generation_config"] for frame in frames if "generation_config" in frame), None)
     held = [given_cache(frame["model_kwargs"]) for frame in frames if "model_kwargs" in frame]
     argument = None
     if cache is not None and cache.is_compileable and not is_prompted(cache):
         argument, why = "cache_implementation='static'", "sizes a static cache without room for the prompt"
-    elif config.chooses:
+    elif chooses:
         if any(frame.get("custom_generate") is not None for frame in frames):
             argument, why = "custom_generate=...", "may choose again, or by a part of the input"
         elif kwargs.get("use_cache") is False and cache is None:
@@ -237,7 +312,7 @@ def refuse_without_own_generate(layer, kwargs: dict) -> None:
             argument, why = "prefill_chunk_size=...", "would choose by the first chunk alone"
         elif getattr(settings, "guidance_scale", None) not in (None, 1):
             argument, why = "guidance_scale=...", "would choose a second prompt for the unconditional pass"
-        elif any(is_prompted(one) and one.idp_part is not None for one in held):
+        elif any(is_prompted(one) and one.idp_front is not None for one in held):
             argument, why = "...", "dropped the cache that holds its prompt, and would choose again"
     if argument is None:
         return

@@ -9,6 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+
+from idp_peft.hosting.architectures import (
+    PER_LAYER_INPUTS,
+    forward_parameters,
+    has_per_layer_inputs,
+    of_input,
+    of_prompts_beside_input,
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,34 @@ class Concatenation:
     def arrange(self, prompt_part: torch.Tensor, input_part: torch.Tensor) -> torch.Tensor:
         """Something else that stands beside each token: `[batch, K, ...]` and `[batch, n, ...]` become `[batch, K+n, ...]`."""
         return arrange(self.order, prompt_part, input_part)
+
+    def arrange_others(self, decoder: nn.Module, kwargs: dict, prompts, ids, embeds) -> None:
+        """Put, in place, what else a decoder takes for each token into a call's arguments.
+
+        Args:
+            decoder (`nn.Module`): the decoder.
+            kwargs (`dict`): its arguments.
+            prompts (`torch.Tensor`): `[batch, K, d]`.
+            ids (`torch.Tensor`, *optional*): int64 `[batch, n]`, the input's.
+            embeds (`torch.Tensor`): `[batch, n, d]`, the input's.
+        """
+        if has_per_layer_inputs(decoder):
+            given = kwargs.pop(PER_LAYER_INPUTS, None)
+            given = of_input(decoder, ids, embeds) if given is None else given  # [B, n, layers, width]
+            if given is not None:
+                of_prompts = of_prompts_beside_input(decoder, prompts).to(given)
+                kwargs[PER_LAYER_INPUTS] = self.arrange(of_prompts, given)
+        others = set(forward_parameters(type(decoder))) - {PER_LAYER_INPUTS, "attention_mask", "position_ids"}
+        for name in others & set(kwargs):
+            value = kwargs[name]
+            if not isinstance(value, torch.Tensor) or value.shape[:2] != embeds.shape[:2]:
+                continue
+            if value.dtype != torch.bool:
+                raise ValueError(
+                    f"IDP cannot put a prompt in front of `{name}` {list(value.shape)} of {type(decoder).__name__}: turn "
+                    "off gradient checkpointing, and pad on the right or not at all"
+                )
+            kwargs[name] = self.arrange(value.new_zeros(prompts.shape[:2]), value)
 
 
 def arrange(order: torch.Tensor, prompt_part: torch.Tensor, input_part: torch.Tensor) -> torch.Tensor:

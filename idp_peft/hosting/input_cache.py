@@ -21,8 +21,8 @@ _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWi
 
 
 @dataclass
-class PromptPart:
-    """The prompt positions at the front of a cache.
+class Front:
+    """The prompts in front of the rows of a text.
 
     Args:
         prompt_ids (`torch.Tensor`): int64 `[batch]`, the prompt of each row, -1 for none.
@@ -43,6 +43,25 @@ class PromptPart:
     started_by: tuple[str, str] = ("", "")
     covered: int = 0
     read: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, prompt_ids: torch.Tensor, bank, started_by: tuple[str, str]) -> Front:
+        """What the prompts of a bank add at the front of each row.
+
+        Args:
+            prompt_ids (`torch.Tensor`): int64 `[batch]`, -1 for none.
+            bank (`PromptBank`): whose prompts they are.
+        """
+        front = cls(prompt_ids, positions=0, shift=0, mask=None, started_by=started_by)
+        has_prompt = prompt_ids >= 0
+        every_row = bool(has_prompt.all())
+        if every_row or bool(has_prompt.any()):
+            front.positions = bank.max_length
+            front.shift = bank.max_length if every_row else (has_prompt * bank.max_length)[:, None]  # [B, 1]
+            if not every_row or len(set(bank.lengths)) > 1:
+                real_slots = bank.real_slots(prompt_ids.device)[prompt_ids.clamp(min=0)]
+                front.mask = real_slots & has_prompt[:, None]  # [B, K]
+        return front
 
     def extend_mask(
         self, attention_mask: torch.Tensor | None, batch: int, total: int, always: bool = False
@@ -85,49 +104,49 @@ class _InputLengths:
 
     def get_seq_length(self, layer_idx: int = 0):
         length = super().get_seq_length(layer_idx)
-        return length - self.idp_part.positions if self.idp_part is not None else length
+        return length - self.idp_front.positions if self.idp_front is not None else length
 
     def crop(self, *args, **kwargs) -> None:
         (size,) = (*args, *kwargs.values())
-        if self.idp_part is not None:
+        if self.idp_front is not None:
             if size < 0 and self.get_seq_length() + size < 0:
                 raise ValueError(
                     f"crop({size}) of a cache of {int(self.get_seq_length())} tokens would cut into its prompt"
                 )
             if size >= 0 and _crops_to_a_length(type(self)):
-                size += self.idp_part.positions
+                size += self.idp_front.positions
         super().crop(size)
-        if self.idp_part is not None and self.idp_part.read is not None:
-            self.idp_part.read = self.idp_part.read[:, : self.get_seq_length()]
+        if self.idp_front is not None and self.idp_front.read is not None:
+            self.idp_front.read = self.idp_front.read[:, : self.get_seq_length()]
 
     def reset(self) -> None:
         super().reset()
-        self.idp_part = None
+        self.idp_front = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        if self.idp_part is not None:
-            self.idp_part.select_rows(beam_idx)
+        if self.idp_front is not None:
+            self.idp_front.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        if self.idp_part is not None:
-            rows = torch.arange(len(self.idp_part.prompt_ids))
-            self.idp_part.select_rows(rows.repeat_interleave(repeats))
+        if self.idp_front is not None:
+            rows = torch.arange(len(self.idp_front.prompt_ids))
+            self.idp_front.select_rows(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        if self.idp_part is not None:
-            self.idp_part.select_rows(indices)
+        if self.idp_front is not None:
+            self.idp_front.select_rows(indices)
 
     def get_mask_sizes(self, *args, **kwargs):
         length, offset = super().get_mask_sizes(*args, **kwargs)
-        end = offset + length - (0 if self.idp_part is None else self.idp_part.positions)
+        end = offset + length - (0 if self.idp_front is None else self.idp_front.positions)
         first = max(end - length, 0)
         return end - first, first
 
     def update(self, *args, **kwargs):
-        return super().update(*args, **kwargs) if self.idp_part is None else self.refuse()
+        return super().update(*args, **kwargs) if self.idp_front is None else self.refuse()
 
     def refuse(self):
         raise RuntimeError(
@@ -140,7 +159,7 @@ class _InputLengths:
 
 
 def _plain_class(prompted: type[Cache]) -> type[Cache]:
-    """The class a cache had before it was adopted."""
+    """The class that a cache had before it counted input positions."""
     return prompted.__mro__[2]
 
 
@@ -162,15 +181,15 @@ def _rebuild(plain: type[Cache], state: dict) -> Cache:
 
 
 def is_prompted(cache) -> bool:
-    """Whether a cache was adopted by IDP."""
+    """Whether a cache counts input positions."""
     return isinstance(cache, _InputLengths)
 
 
-def adopt(cache: Cache) -> None:
-    """Make a cache answer in input positions from now on; until a prompt stands in it, these are all its positions."""
+def count_input_positions(cache: Cache) -> None:
+    """Make a cache answer in input positions from now on. Until a prompt stands in it, these are all its positions."""
     if not is_prompted(cache):
         cache.__class__ = _prompted_class(type(cache))
-        cache.idp_part = None
+        cache.idp_front = None
 
 
 def decoder_view(cache: Cache) -> Cache:

@@ -12,9 +12,7 @@ import torch
 from torch import nn
 from transformers import StaticCache
 
-from idp_peft.call import Call
-from idp_peft.hosting.architectures import given_cache
-from idp_peft.hosting.per_layer_inputs import NAME
+from idp_peft.hosting.architectures import PER_LAYER_INPUTS, given_cache
 from idp_peft.hosting.ready_masks import ReadyMasks, is_ready_made
 
 _DECODER_INPUTS = ("input_ids", "inputs_embeds")
@@ -22,20 +20,18 @@ _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 _NEEDED_TO_TRAIN = {"gemma3": "token_type_ids", "molmo2": "mm_token_type_ids"}  # Gemma 3: in transformers 5.0
 
 
-def take_back(kwargs: dict, call: Call | None, cache, past: int) -> None:
+def take_back(kwargs: dict, call, cache, past: int) -> None:
     """Put the caller's mask and positions back into a decoder's call, in place; masks that say more stay with the call.
 
     Args:
         kwargs (`dict`): the decoder's call.
-        call (`Call`, *optional*): the model's; `None` where the decoder was called by itself.
+        call (`Call`): the model's.
         cache (`transformers.Cache`, *optional*): the caller's.
         past (`int`): tokens in it.
 
     Raises:
         `ValueError`: where they do in a form that has no room for a prompt.
     """
-    if call is None:
-        return
     call.ready = None
     if call.given.get("position_ids") is None and _counts_slots(kwargs.get("position_ids"), past):
         kwargs["position_ids"] = None
@@ -59,14 +55,14 @@ def take_back(kwargs: dict, call: Call | None, cache, past: int) -> None:
     call.ready = ready if special else None
 
 
-def read_by_choice(kwargs: dict, call: Call) -> dict[str, torch.Tensor]:
+def read_by_choice(kwargs: dict, call) -> dict[str, torch.Tensor]:
     """What a choice reads of a decoder's call, each `[batch, n, ...]`.
 
     Beside `input_ids` or `inputs_embeds` (and `per_layer_inputs`) what the model around the decoder knows more of:
     `token_ids` `[batch, n]` of embeddings, `axes` `[batch, n, axes]` of positions with several (M-RoPE), and `masks`
     `[batch, n, kinds, n]` of pictures, whose tokens see later ones.
     """
-    inputs = {name: kwargs[name] for name in (*_DECODER_INPUTS, NAME) if kwargs.get(name) is not None}
+    inputs = {name: kwargs[name] for name in (*_DECODER_INPUTS, PER_LAYER_INPUTS) if kwargs.get(name) is not None}
     ids, positions = call.given.get("input_ids"), kwargs.get("position_ids")
     if "inputs_embeds" in inputs and ids is not None and ids.shape == inputs["inputs_embeds"].shape[:2]:
         inputs["token_ids"] = ids
@@ -77,9 +73,9 @@ def read_by_choice(kwargs: dict, call: Call) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def is_made_by_model(cache, call: Call | None) -> bool:
+def is_made_by_model(cache, call) -> bool:
     """Whether an empty cache is one that the model brought along by itself (SmolVLM), in a call that gave none."""
-    if cache is None or call is None or call.generating or given_cache(call.given) is not None:
+    if cache is None or call.generating or given_cache(call.given) is not None:
         return False
     return not int(cache.get_seq_length())
 

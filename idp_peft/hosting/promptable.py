@@ -19,11 +19,11 @@ from idp_peft.hosting.architectures import (
     find_blocks,
     find_decoder,
     forward_parameters,
-    names_in_forward,
+    masks_by_reach,
     position_limit,
     uses_interface,
 )
-from idp_peft.hosting.reach import masks_by_reach
+from idp_peft.hosting.introspection import constants_in_forward, names_in_forward
 
 _TEXT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 _CONDITIONS = ("cross_attention_states", "t_cond")  # arguments of layers: pictures in Mllama, sound in Voxtral Realtime
@@ -172,5 +172,5 @@ def _check_layers(decoder: nn.Module, name: str) -> None:
 
 def _always_masks(decoder: nn.Module) -> bool:
     """Whether a decoder whose layers write into their mask (Doge) makes one even where attention could do without."""
-    constants = str(inspect.unwrap(type(decoder).forward).__code__.co_consts)
+    constants = constants_in_forward(type(decoder))
     return decoder.config._attn_implementation == "eager" or "allow_is_causal_skip" in constants

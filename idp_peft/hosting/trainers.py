@@ -3,19 +3,19 @@
 transformers' `Trainer` and TRL's trainers sometimes call the model without the labels that they hold (label smoothing, a
 loss of one's own, metrics that need logits), and with rows that nothing in the call tells from single documents
 (TRL's `packing_strategy="wrapped"`). Both would silently change what a choice reads. Nothing is patched: the loop that is
-running is looked up in the call stack.
+running is looked up in the call stack (`introspection.py`).
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from types import FrameType
 
 import torch
 from torch import nn
 
-_STEPS = ("training_step", "prediction_step")
+from idp_peft.hosting.introspection import frames_of_step, is_generate, variables_of_generate
+
 _IGNORED = -100
 
 
@@ -34,8 +34,8 @@ def labels_of_step(input_ids: torch.Tensor | None) -> torch.Tensor | None:
         `torch.Tensor` or `None`: `[batch, n]`, -100 for what is no target; `None` outside of such a step, in a `generate`
         that it runs, or where it holds no labels of these rows.
     """
-    frames = _frames_of_step()
-    if not frames or input_ids is None or input_ids.ndim != 2 or any(_generates(frame) for frame in frames):
+    frames = frames_of_step()
+    if not frames or input_ids is None or input_ids.ndim != 2 or any(is_generate(frame) for frame in frames):
         return None
     batch = frames[-1].f_locals.get("inputs")
     rows = batch.get("input_ids") if isinstance(batch, Mapping) else None
@@ -54,28 +54,14 @@ def labels_of_step(input_ids: torch.Tensor | None) -> torch.Tensor | None:
     return None
 
 
-def in_training(layer) -> bool:
-    """Whether a forward that runs now trains: its modules do, and it is no step of transformers' `generate`.
-
-    Args:
-        layer (`IDPLayer`): of the model.
-    """
-    return layer.training and not frames_of_generate(layer.model)
-
-
-def frames_of_generate(model: nn.Module) -> list[dict]:
-    """Local variables of the functions of this model's `generate` that are running its forward; empty outside of one."""
-    found, frame = [], sys._getframe(1)
-    while frame is not None:
-        if _generates(frame) and frame.f_locals.get("self") is model:
-            found.append(frame.f_locals)
-        frame = frame.f_back
-    return found
+def in_training(model: nn.Module, layer: nn.Module) -> bool:
+    """Whether a forward that runs now trains: its modules do, and it is no step of transformers' `generate`."""
+    return layer.training and not variables_of_generate(model)
 
 
 def packs_rows() -> bool:
     """Whether the running trainer's arguments say that its rows hold several documents (`packing`, `eval_packing`)."""
-    frames = _frames_of_step()
+    frames = frames_of_step()
     if not frames:
         return False
     step = frames[-1]
@@ -89,29 +75,12 @@ def packs_rows() -> bool:
 def compares_answers() -> bool:
     """Whether the running trainer is one of TRL's whose forwards must agree on the prompt of a context: it weighs answers,
     given or sampled, against each other or a reference (DPO, GRPO, ...)."""
-    frames = _frames_of_step()
+    frames = frames_of_step()
     if not frames:
         return False
     classes = type(frames[-1].f_locals["self"]).__mro__
     from_trl = any(each.__module__.startswith("trl.") for each in classes)
     return from_trl and not any(each.__name__ == "SFTTrainer" for each in classes)
-
-
-def _frames_of_step() -> list[FrameType]:
-    """The frames from the caller to the innermost `training_step` or `prediction_step` of a transformers `Trainer`, which
-    is the last; empty outside of one."""
-    trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
-    frames, frame = [], None if trainer is None else sys._getframe(2)
-    while frame is not None:
-        frames.append(frame)
-        if frame.f_code.co_name in _STEPS and isinstance(frame.f_locals.get("self"), trainer):
-            return frames
-        frame = frame.f_back
-    return []
-
-
-def _generates(frame: FrameType) -> bool:
-    return frame.f_globals.get("__name__") == "transformers.generation.utils"
 
 
 def _variables(frame: FrameType) -> Iterator[tuple[str, object]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peft import PeftModel, PeftModelForCausalLM
 
-from idp_peft.hosting.call_stack import repository_of_trainer
+from idp_peft.hosting.introspection import repository_of_trainer
 from idp_peft.hosting.sharding import is_spread
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from idp_peft.choice import select
 from idp_peft.composition.base_skeleton import BaseNotFound, skeleton
 from idp_peft.composition.prompt_sources import PromptSource, read_prompts
 from idp_peft.config import IDPConfig
@@ -19,10 +18,10 @@ from idp_peft.hosting.architectures import (
     embedding_width,
     find_blocks,
     find_decoder,
+    has_per_layer_inputs,
 )
-from idp_peft.hosting.per_layer_inputs import has_per_layer_inputs
 from idp_peft.layer import IDPLayer
-from idp_peft.selection import Selection
+from idp_peft.selection import Selection, select
 from idp_peft.serving.exported import ExportedModel, is_exported
 
 _NAME = "default"
@@ -81,7 +80,7 @@ class Router:
     def prompts(self) -> list[torch.Tensor]:
         """The prompts in the base's type, `[k_i, d]` each."""
         bank = self.layer.active_bank
-        return [part.to(self.layer.dtype) for part in bank.tokens().detach().split(bank.lengths)]
+        return [part.to(self.layer.dtype) for part in bank.embeddings().detach().split(bank.lengths)]
 
     @torch.no_grad()
     def choose(

@@ -201,4 +201,4 @@ def test_what_the_engine_says_is_its_own_and_not_an_accident(one):
     """The prompts differ from each other and from none, so that a wrong one is seen."""
     said = [tuple(one.say(one.ids(one.texts[0]), prompt)) for prompt in (-1, 0, 1, 2, 3)]
     assert len(set(said)) == len(said)
-    assert torch.isfinite(one.model.base_model.layer.active_bank.tokens()).all()
+    assert torch.isfinite(one.model.base_model.layer.active_bank.embeddings()).all()
