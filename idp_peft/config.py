@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from peft import PeftConfig, TaskType
 
-from idp_peft.hosting.prompt_ids import AUTO, number_of
+from idp_peft.hosting.checkpoint import refuse_gguf_base_in_auto_class
+from idp_peft.hosting.prompt_ids import checked_names, number_of
 
 
 class IDPPeftType(str, enum.Enum):
@@ -21,10 +22,12 @@ class IDPPeftType(str, enum.Enum):
     IDP = "IDP"
 
 
-SELECTIONS = ("attention", "random", "fixed")
-REDUCTIONS = ("mean", "sum")
-ASSIGNMENTS = ("uniform", "selected", "all")
-INITS = ("vocab", "random", "text")
+_CHOICES = {
+    "selection": ("attention", "random", "fixed"),
+    "selection_reduction": ("mean", "sum"),
+    "assignment": ("uniform", "selected", "all"),
+    "init": ("vocab", "random", "text"),
+}
 # Prompt tokens that a bank may have in all. A config from a file could otherwise ask for any amount of memory.
 MAX_TOKENS = 2**20
 # PEFT and TRL read these fields on every config; IDP trains nothing but its prompts, so they stay None.
@@ -107,13 +110,17 @@ class IDPConfig(PeftConfig):
         default=32, metadata={"help": "k, tokens per prompt: one int, or one length per prompt."}
     )
     prompt_names: list[str] | None = field(default=None, metadata={"help": "One distinct name per prompt."})
-    selection: str = field(default="attention", metadata={"help": f"Who picks a prompt: one of {SELECTIONS}."})
+    selection: str = field(
+        default="attention", metadata={"help": f"Who picks a prompt: one of {_CHOICES['selection']}."}
+    )
     selection_layer: int = field(default=0, metadata={"help": "Layer whose attention decides; negative from the end."})
-    selection_reduction: str = field(default="mean", metadata={"help": f"One of {REDUCTIONS}."})
+    selection_reduction: str = field(default="mean", metadata={"help": f"One of {_CHOICES['selection_reduction']}."})
     selection_seed: int = field(default=0, metadata={"help": "Seed of selection='random' (>= 0)."})
     fixed_prompt: int = field(default=0, metadata={"help": "The prompt that selection='fixed' uses."})
-    assignment: str = field(default="selected", metadata={"help": f"Prompt a training example trains: {ASSIGNMENTS}."})
-    init: str = field(default="vocab", metadata={"help": f"How prompts start: one of {INITS}."})
+    assignment: str = field(
+        default="selected", metadata={"help": f"Prompt a training example trains: {_CHOICES['assignment']}."}
+    )
+    init: str = field(default="vocab", metadata={"help": f"How prompts start: one of {_CHOICES['init']}."})
     init_text: list[str] | None = field(default=None, metadata={"help": "One text per prompt, for init='text'."})
     tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer of `init_text`."})
     tokenizer_kwargs: dict | None = field(default=None, metadata={"help": "Arguments of that tokenizer's loading."})
@@ -127,10 +134,7 @@ class IDPConfig(PeftConfig):
         # Code leaves the field alone or passes the enum; JSON can only hold its text.
         from_file = type(self.peft_type) is str
         self.peft_type = IDPPeftType.IDP
-        if str(self.base_model_name_or_path).endswith(".gguf"):  # PEFT's auto classes would fail without saying why
-            from idp_peft.models.loading import refuse_auto_class
-
-            refuse_auto_class(self.base_model_name_or_path)
+        refuse_gguf_base_in_auto_class(self.base_model_name_or_path)
         if from_file:
             self.tokenizer_name_or_path = self.tokenizer_kwargs = None
         if self.task_type not in (None, TaskType.CAUSAL_LM):
@@ -140,17 +144,12 @@ class IDPConfig(PeftConfig):
         for name in _UNUSED_FIELDS:
             if (value := getattr(self, name)) is not None:
                 raise ValueError(f"`{name}` must be None, got {value!r}: IDP trains its prompts and nothing else")
-        _check_int("num_prompts", self.num_prompts, low=1)
-        self._check_lengths(from_file)
-        self._check_names()
-        for name, allowed in (
-            ("selection", SELECTIONS),
-            ("selection_reduction", REDUCTIONS),
-            ("assignment", ASSIGNMENTS),
-            ("init", INITS),
-        ):
+        for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        _check_int("num_prompts", self.num_prompts, low=1)
+        self._check_lengths(from_file)
+        self.prompt_names = checked_names(self.prompt_names, self.num_prompts)
         _check_int("selection_layer", self.selection_layer)
         _check_int("selection_seed", self.selection_seed, low=0, high=2**63 - 1)
         _check_int("fixed_prompt", self.fixed_prompt, low=0)
@@ -165,71 +164,45 @@ class IDPConfig(PeftConfig):
 
     def _check_lengths(self, from_file: bool) -> None:
         lengths = self.num_virtual_tokens
-        if lengths is None:
-            if from_file:
-                raise ValueError("`num_virtual_tokens` must be given in a config that is read from a file, got None")
-            if self.init != "text":
-                raise ValueError(f"`num_virtual_tokens` may be None with init='text' alone, got init={self.init!r}")
-        elif isinstance(lengths, (list, tuple)):
+        if lengths is None and from_file:
+            raise ValueError("`num_virtual_tokens` must be given in a config that is read from a file, got None")
+        if lengths is None and self.init != "text":
+            raise ValueError(f"`num_virtual_tokens` may be None with init='text' alone, got init={self.init!r}")
+        if isinstance(lengths, (list, tuple)):
             if len(lengths) != self.num_prompts:
                 raise ValueError(
                     f"`num_virtual_tokens` must have one length per prompt (num_prompts={self.num_prompts}), got "
                     f"{len(lengths)} lengths {list(lengths)}"
                 )
-            for length in lengths:
-                _check_int("num_virtual_tokens", length, low=1)
-            self.num_virtual_tokens = list(lengths)
-        else:
-            _check_int("num_virtual_tokens", lengths, low=1)
-        total = (
-            0 if lengths is None else sum(lengths) if isinstance(lengths, (list, tuple)) else lengths * self.num_prompts
-        )
+            lengths = self.num_virtual_tokens = list(lengths)
+        for length in [] if lengths is None else lengths if isinstance(lengths, list) else [lengths]:
+            _check_int("num_virtual_tokens", length, low=1)
+        total = 0 if lengths is None else sum(lengths) if isinstance(lengths, list) else lengths * self.num_prompts
         if max(total, self.num_prompts) > MAX_TOKENS:
             raise ValueError(
                 f"`num_prompts` and `num_virtual_tokens` must give at most {MAX_TOKENS} prompt tokens in all, got "
                 f"{max(total, self.num_prompts)}"
             )
 
-    def _check_names(self) -> None:
-        names = self.prompt_names
-        if names is None:
-            return
-        if not isinstance(names, (list, tuple)) or len(names) != self.num_prompts:
-            count = f"{len(names)} names {list(names)}" if isinstance(names, (list, tuple)) else repr(names)
-            raise ValueError(
-                f"`prompt_names` must be a list of one name per prompt (num_prompts={self.num_prompts}), got {count}"
-            )
-        seen = set()
-        for name in names:
-            if not isinstance(name, str) or not name.strip():
-                raise ValueError(f"`prompt_names` must hold texts that are not empty, got {name!r}")
-            if name == AUTO:
-                raise ValueError(
-                    f"`prompt_names` must not hold {AUTO!r}, which in `prompt_ids` lets a row choose, got {list(names)}"
-                )
-            if name in seen:
-                raise ValueError(f"`prompt_names` must hold distinct names, got {name!r} twice")
-            seen.add(name)
-        self.prompt_names = list(names)
-
     def _check_text_init(self, from_file: bool) -> None:
-        if self.init == "text":
-            if not isinstance(self.init_text, (list, tuple)) or len(self.init_text) != self.num_prompts:
-                count = len(self.init_text) if isinstance(self.init_text, (list, tuple)) else repr(self.init_text)
-                raise ValueError(
-                    f"`init_text` must be a list of one text per prompt (num_prompts={self.num_prompts}), got {count}"
-                )
-            for text in self.init_text:
-                if not isinstance(text, str) or not text.strip():
-                    raise ValueError(f"`init_text` must hold texts that are not empty, got {text!r}")
-            if self.tokenizer_name_or_path is None and not from_file:
-                raise ValueError("`tokenizer_name_or_path` must be given with init='text', got None")
-            if self.tokenizer_kwargs is not None and not isinstance(self.tokenizer_kwargs, Mapping):
-                raise ValueError(f"`tokenizer_kwargs` must be a dict, got {self.tokenizer_kwargs!r}")
-        else:
+        texts = self.init_text
+        if self.init != "text":
             for name in ("init_text", "tokenizer_name_or_path", "tokenizer_kwargs"):
                 if (value := getattr(self, name)) is not None:
                     raise ValueError(f"`{name}` needs init='text', got {value!r} with init={self.init!r}")
+            return
+        if not isinstance(texts, (list, tuple)) or len(texts) != self.num_prompts:
+            raise ValueError(
+                f"`init_text` must be a list of one text per prompt (num_prompts={self.num_prompts}), got "
+                f"{len(texts) if isinstance(texts, (list, tuple)) else repr(texts)}"
+            )
+        for text in texts:
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"`init_text` must hold texts that are not empty, got {text!r}")
+        if self.tokenizer_name_or_path is None and not from_file:
+            raise ValueError("`tokenizer_name_or_path` must be given with init='text', got None")
+        if self.tokenizer_kwargs is not None and not isinstance(self.tokenizer_kwargs, Mapping):
+            raise ValueError(f"`tokenizer_kwargs` must be a dict, got {self.tokenizer_kwargs!r}")
 
     @property
     def prompt_lengths(self) -> list[int]:

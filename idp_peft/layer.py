@@ -11,10 +11,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from idp_peft.config import IDPConfig
-from idp_peft.forward import Forward, current_call, internal_run
+from idp_peft.forward import Forward
 from idp_peft.hosting.architectures import embedding_dtype, embedding_width, find_blocks, keeps_rotary
+from idp_peft.hosting.call import current_call, internal_run
 from idp_peft.hosting.checks import refuse_continuous_batching
-from idp_peft.hosting.decoder_copy import first_layers
+from idp_peft.hosting.decoder_copy import evaluating, first_layers
 from idp_peft.prompt_bank import PromptBank, initial_tokens
 from idp_peft.prompt_cache import PromptCache, RememberedCache, compute_prompt_cache
 from idp_peft.selection import Selection
@@ -159,7 +160,7 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         """The active adapter's prompt cache, computed where it is missing or stale."""
         remembered = RememberedCache() if keeps_rotary(self.decoder) else self.idp_remembered[self.active_name]
         bank = self.active_bank
-        with internal_run(), _Evaluating(self.decoder):
+        with internal_run(), evaluating(self.decoder):
             return remembered.get(self.decoder, bank, self.dtype, rotary_length)
 
     @property
@@ -185,7 +186,7 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         """
         if not self.trains and not keeps_rotary(self.decoder):
             return self.prompt_cache(rotary_length)
-        with torch.no_grad(), _Evaluating(self.decoder):
+        with torch.no_grad(), evaluating(self.decoder):
             part = first_layers(self.decoder, number)
             return compute_prompt_cache(part, self.active_bank, self.dtype, rotary_length)
 
@@ -205,18 +206,3 @@ def _selections() -> WeakKeyDictionary:
     if not hasattr(_of_this_thread, "selections"):
         _of_this_thread.selections = WeakKeyDictionary()
     return _of_this_thread.selections
-
-
-class _Evaluating:
-    """Context in which no module drops out; restores every module's own mode."""
-
-    def __init__(self, decoder: nn.Module) -> None:
-        self.modules = [m for m in decoder.modules() if m.training] if decoder.training else []
-
-    def __enter__(self) -> None:
-        for module in self.modules:
-            module.training = False
-
-    def __exit__(self, *_) -> None:
-        for module in self.modules:
-            module.training = True

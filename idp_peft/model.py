@@ -12,13 +12,14 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from idp_peft.config import IDPConfig, IDPPeftType
-from idp_peft.forward import generate, undisturbed
+from idp_peft.forward import generate
 from idp_peft.hosting.architectures import check_selection_layer, embedding_width, find_decoder
-from idp_peft.hosting.checkpoint import check_place, check_shapes, check_weights
+from idp_peft.hosting.call import undisturbed
+from idp_peft.hosting.checkpoint import check_place, check_shapes, check_weights, remove_adapter
+from idp_peft.hosting.init_text import text_token_ids
 from idp_peft.hosting.introspection import peft_model_under_construction
 from idp_peft.hosting.promptable import check_promptable
 from idp_peft.layer import IDPLayer
-from idp_peft.prompt_bank import text_token_ids
 from idp_peft.selection import Selection
 
 _CHILD = "idp"
@@ -66,7 +67,7 @@ class IDPModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, **kwargs)
         except Exception:
-            _remove_adapter(model, adapter_name)
+            remove_adapter(model, adapter_name)
             raise
 
     def _prepare_adapter_config(self, peft_config: IDPConfig, model_config: dict) -> IDPConfig:
@@ -112,7 +113,7 @@ class IDPModel(BaseTuner):
             check_shapes(shapes, config, width, source, model)
             check_place(shapes, model, source)
         except ValueError:
-            _remove_adapter(model, adapter_name, only_new=True)
+            remove_adapter(model, adapter_name, only_new=True)
             raise
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
@@ -181,26 +182,6 @@ class IDPModel(BaseTuner):
             `ValueError`: for prompts out of range, a cache that is too small, or packed inputs.
         """
         return generate(self.layer, (inputs, *args), kwargs, prompt_ids, selection_mask)
-
-
-def _remove_adapter(model: nn.Module, adapter_name: str, only_new: bool = False) -> None:
-    """Take a half-loaded adapter off again, and the whole of IDP where it was the only one.
-
-    Args:
-        only_new (`bool`): leave a bank that was applied before where it is.
-    """
-    for layer in [module for module in model.modules() if isinstance(module, IDPLayer)]:
-        bank = dict(layer.idp_prompts).get(adapter_name)
-        if only_new and not (bank is not None and bank.is_new):
-            return
-        configs = getattr(layer.model, "peft_config", {})
-        if bank is not None and len(layer.idp_prompts) > 1:
-            layer.delete_adapter(adapter_name)
-            configs.pop(adapter_name, None)
-        elif bank is not None or not layer.idp_prompts:
-            layer.detach()
-            if hasattr(layer.model, "peft_config"):
-                del layer.model.peft_config
 
 
 def register() -> None:

@@ -28,7 +28,7 @@ from idp_peft.hosting.architectures import (
     rotary_length,
     uses_interface,
 )
-from idp_peft.hosting.decoder_copy import copy_for_reading
+from idp_peft.hosting.decoder_copy import Reached, run_until_reached
 from idp_peft.hosting.ready_masks import masks_for_decoder
 from idp_peft.prompt_cache import PromptCache
 
@@ -113,30 +113,13 @@ def _combine_separate_runs(decoder, mask: BlockMask, prompt_cache: PromptCache, 
     return (odds / (1 + odds.sum(-1, keepdim=True))).mean(1)
 
 
-class _Reached(Exception):
-    """Raised at the selection layer: carries the result out of the model's forward."""
-
-    def __init__(self, result: torch.Tensor) -> None:
-        self.result = result
-
-
 @dataclass(frozen=True)
 class _Reader:
-    """What the attention modules of a copied decoder report to."""
+    """What [`_attend`] needs beside its arguments: the layer to leave at, who sees whom, how far back layers attend."""
 
     layer: int
     mask: BlockMask
     reaches: list[Reach]
-
-    def report(self, layer: int, attention: nn.Module, weights: torch.Tensor | None) -> None:
-        """The weights of attention that does not use the interface, `[batch, heads, n, S+n]`."""
-        if layer == self.layer and weights is None:
-            raise ValueError(
-                f"{type(attention).__name__} does not report its attention weights: load the base model with "
-                "attn_implementation='eager'"
-            )
-        if layer == self.layer:
-            raise _Reached(weights)
 
 
 def _run(decoder, layer: int, mask: BlockMask, inputs: dict, cache: DynamicCache, implementation: str) -> torch.Tensor:
@@ -151,12 +134,7 @@ def _run(decoder, layer: int, mask: BlockMask, inputs: dict, cache: DynamicCache
         axes = inputs.get("axes")
         call["position_ids"] = mask.input_positions() if axes is None else axes.movedim(-1, 0) + max(mask.lengths)
     seen = reaches(decoder) if masks_by_reach(decoder) else [EVERYTHING] * (layer + 1)
-    copied = copy_for_reading(decoder, layer, implementation, _Reader(layer, mask, seen))
-    try:
-        type(decoder).forward(copied, **call)
-    except _Reached as reached:
-        return reached.result
-    raise RuntimeError(f"the attention of layer {layer} of {type(decoder).__name__} was not reached")
+    return run_until_reached(decoder, layer, implementation, _Reader(layer, mask, seen), call)
 
 
 def _attend(
@@ -188,7 +166,7 @@ def _attend(
     )
     given = attention_mask if not biased and attention_mask is not None and attention_mask.ndim == 4 else None
     if module.layer_idx == reader.layer:
-        raise _Reached(attention_on_prompts(query, key, layer, reader.mask, given))
+        raise Reached(attention_on_prompts(query, key, layer, reader.mask, given))
     weights = layer.probabilities(query, key, 0, reader.mask, given).to(value.dtype)
     groups = query.shape[1] // value.shape[1]
     output = weights @ value.repeat_interleave(groups, dim=1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
@@ -131,22 +129,3 @@ def initial_tokens(config: IDPConfig, embeddings: nn.Module, texts: list[list[in
         root_mean_square = tokens.pow(2).mean().sqrt()
         tokens = torch.randn(tokens.shape).to(device) * root_mean_square
     return tokens
-
-
-def text_token_ids(config: IDPConfig) -> list[list[int]]:
-    """Token ids of each `init_text`, without special tokens.
-
-    Raises:
-        `ValueError`: where a text has no tokens.
-    """
-    from transformers import AutoTokenizer
-
-    name, arguments = config.tokenizer_name_or_path, dict(config.tokenizer_kwargs or {})
-    if str(name).endswith(".gguf") and not os.path.isdir(name):
-        name, arguments["gguf_file"] = os.path.dirname(name) or ".", os.path.basename(name)
-    tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
-    texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in config.init_text]
-    for text, ids in zip(config.init_text, texts, strict=True):
-        if not ids:
-            raise ValueError(f"`init_text` must hold texts with at least one token, got {text!r}")
-    return texts

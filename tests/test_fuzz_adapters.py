@@ -128,7 +128,7 @@ def test_files_that_were_tampered_with(adapter):
 
 def test_a_load_that_is_refused_is_seen_to_leave_the_model_as_it_was(adapter, monkeypatch):
     config, weights, folder = adapter
-    monkeypatch.setattr("idp_peft.model._remove_adapter", lambda *_, **__: None)
+    monkeypatch.setattr("idp_peft.model.remove_adapter", lambda *_, **__: None)
     half = json.loads(config) | {"num_virtual_tokens": 5}
     monkeypatch.setattr("idp_peft.model.check_weights", lambda *_, **__: None)
     with pytest.raises(AssertionError):

@@ -15,10 +15,10 @@ import idp_peft
 from idp_peft import IDPConfig
 from idp_peft.composition.base_skeleton import skeleton
 from idp_peft.evaluation.description import describe
+from idp_peft.hosting.init_text import text_token_ids
 from idp_peft.hub.base_model import base_of
 from idp_peft.models.fingerprint import fingerprint
 from idp_peft.models.loading import load_model, load_tokenizer
-from idp_peft.prompt_bank import text_token_ids
 from idp_peft.recover.methods import METHODS
 from idp_peft.serving import ExportedModel, Router
 from idp_peft_cli import main

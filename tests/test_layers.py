@@ -1,4 +1,4 @@
-"""The core imports nothing of what is built on it: not at import, not in use, not inside a function."""
+"""Imports point one way, by folder, and no module imports itself through others: not at import, not inside a function."""
 
 from __future__ import annotations
 
@@ -11,74 +11,142 @@ import pytest
 
 import idp_peft
 
-ROOT = Path(idp_peft.__file__).parent
-# Layers over other libraries: every folder but those that the core may use.
-THIN = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"hosting", "models", "texts", "files", "offline"}
-CORE = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "__init__")
+ROOT = Path(idp_peft.__file__).parent.parent
+CORE = ["config", "prompt_bank", "selection", "probe", "prompt_cache", "forward", "layer", "model"]
+# A folder imports those before it. The core may use `hosting`, which knows transformers and PEFT and nothing of the method.
+ORDER = [
+    ["files"],
+    ["hosting"],
+    ["core"],
+    ["offline"],
+    ["texts"],
+    ["models"],
+    ["report", "compression", "composition", "evaluation", "hub"],
+    ["analysis", "recover", "serving"],
+]
+RANK = {folder: rank for rank, folders in enumerate(ORDER) for folder in folders}
+# What `idp_peft/__init__.py` gives by name is wired there.
+WIRING = {"idp_peft"}
 
 
-def thin_imports(source: str) -> tuple[set[str], set[str]]:
-    """Thin layers that a module's source names in imports: `(when it is imported, inside functions)`."""
-    tree = ast.parse(source)
-    inside = {
-        id(node)
-        for function in ast.walk(tree)
-        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-        for node in ast.walk(function)
+def modules(*packages: str) -> dict[str, Path]:
+    """Every module of some packages, by its dotted name."""
+    found = {}
+    for package in packages:
+        for path in (ROOT / package).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported(source: str, module: str, known: dict[str, Path]) -> set[str]:
+    """Modules that a module's source imports, wherever in it and however it is written."""
+    package = module if known.get(module, Path()).name == "__init__.py" else module.rpartition(".")[0]
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            base = ".".join(part for part in (base, node.module) if part)
+            names += [f"{base}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in known:
+            names.append(node.value)  # for `import_module`
+    found = set()
+    for name in names:
+        while name and name not in known:
+            name = name.rpartition(".")[0]
+        found.add(name)
+    return found - {module, ""}
+
+
+def folder(module: str) -> str:
+    """`"hub"` of `"idp_peft.hub.push"`, `"core"` of a module at the top."""
+    parts = module.split(".")
+    return "core" if len(parts) == 2 and parts[1] in CORE else parts[1]
+
+
+OURS = modules("idp_peft")
+EVERYTHING = modules("idp_peft", "idp_peft_cli", "benchmarks")
+
+
+def test_the_method_is_in_eight_files_of_at_most_1700_lines():
+    top = {path.stem for path in (ROOT / "idp_peft").glob("*.py")} - {"__init__"}
+    assert top == set(CORE)
+    assert sum(len((ROOT / "idp_peft" / f"{name}.py").read_text().splitlines()) for name in CORE) <= 1700
+
+
+def test_every_folder_has_its_place():
+    assert {folder(module) for module in OURS if module != "idp_peft"} == set(RANK)
+
+
+@pytest.mark.parametrize("module", sorted(set(OURS) - WIRING))
+def test_imports_point_one_way(module):
+    for other in imported(OURS[module].read_text(encoding="utf-8"), module, OURS) - WIRING:
+        assert folder(other) == folder(module) or RANK[folder(other)] < RANK[folder(module)], other
+
+
+def test_nothing_imports_the_command_line_but_itself():
+    for module, path in EVERYTHING.items():
+        if not module.startswith("idp_peft_cli"):
+            found = imported(path.read_text(encoding="utf-8"), module, EVERYTHING)
+            assert not {name for name in found if name.startswith("idp_peft_cli")} or module in RUNS_COMMANDS, module
+
+
+# They run the command line as a user does, which is what they measure.
+RUNS_COMMANDS = {"benchmarks.faults.child", "benchmarks.demo.__main__"}
+
+
+def test_no_module_imports_itself_through_others():
+    graph = {
+        module: imported(path.read_text(encoding="utf-8"), module, EVERYTHING) - WIRING
+        for module, path in EVERYTHING.items()
     }
-    at_once, later = set(), set()
-    for node in ast.walk(tree):
-        (later if id(node) in inside else at_once).update(_layer(name) for name in _names(node))
-    return at_once & THIN, later & THIN
+    assert circle(graph) == []
 
 
-def _names(node: ast.AST) -> list[str]:
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    if isinstance(node, ast.ImportFrom):
-        module = "idp_peft." * bool(node.level) + (node.module or "")
-        return [f"{module.rstrip('.')}.{alias.name}" for alias in node.names]
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return [node.value]  # for `import_module`
-    return []
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of one circle; empty where there is none."""
+    done: set[str] = set()
+
+    def walk(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return path[path.index(module) :]
+        if module in done:
+            return []
+        for other in sorted(graph.get(module, ())):
+            if found := walk(other, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(graph) if (found := walk(module, []))), [])
 
 
-def _layer(name: str) -> str:
-    """`"hub"` of `"idp_peft.hub.push"`."""
-    package, _, rest = name.partition(".")
-    return rest.partition(".")[0] if package == "idp_peft" else ""
-
-
-@pytest.mark.parametrize("module", CORE)
-def test_a_core_module_imports_no_thin_layer(module):
-    at_once, later = thin_imports((ROOT / f"{module}.py").read_text(encoding="utf-8"))
-    assert not at_once
-    assert not later
-
-
-def test_the_layers_are_those_that_there_are():
-    assert {"config", "prompt_bank", "prompt_cache", "selection", "probe", "choice", "layer", "model"} <= set(CORE)
-    assert {"hub", "composition", "analysis", "compression", "recover", "evaluation", "report", "serving"} <= THIN
+def test_the_check_sees_a_circle():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": set()}) == ["a", "b", "c"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 @pytest.mark.parametrize(
     ("source", "found"),
     [
-        ("import idp_peft.hub.push", ({"hub"}, set())),
-        ("from idp_peft.evaluation import harness", ({"evaluation"}, set())),
-        ("from idp_peft import config, report", ({"report"}, set())),
-        ("from .analysis.report import SelectionReport", ({"analysis"}, set())),
-        ("from . import recover", ({"recover"}, set())),
-        ("def run():\n    from idp_peft.composition import compose", (set(), {"composition"})),
-        ("import_module('idp_peft.compression')", ({"compression"}, set())),
-        ("if TYPE_CHECKING:\n    import idp_peft.evaluation.lm_eval", ({"evaluation"}, set())),
-        ("from idp_peft.selection import select\nimport hub, peft.hub", (set(), set())),
+        ("import idp_peft.hub.push", {"idp_peft.hub.push"}),
+        ("from idp_peft.evaluation import harness", {"idp_peft.evaluation.harness"}),
+        ("from idp_peft import config, report", {"idp_peft.config", "idp_peft.report"}),
+        ("from ..analysis.cka import f", {"idp_peft.analysis.cka"}),
+        ("from . import push", {"idp_peft.hub.push"}),
+        ("def run():\n    from idp_peft.composition import compose", {"idp_peft.composition.compose"}),
+        ("import_module('idp_peft.compression')", {"idp_peft.compression"}),
+        ("if TYPE_CHECKING:\n    import idp_peft.serving", {"idp_peft.serving"}),
+        ("import hub, peft.hub", set()),
     ],
 )
 def test_the_check_sees_an_import_however_it_is_written(source, found):
-    assert thin_imports(source) == found
+    assert imported(source, "idp_peft.hub.facts", OURS) == found
 
 
+THIN = [name for names in ORDER[3:] for name in names]
 USE = """
 import sys, tempfile, torch
 import idp_peft
@@ -101,12 +169,12 @@ print(*sorted(set(ours) & set(sys.argv[1:])))
 
 @pytest.mark.parametrize(
     ("more", "loaded"),
-    [("", []), ("idp_peft.compose", ["composition"]), ("model.save_pretrained(tempfile.mkdtemp())", ["hub"])],
+    [("", []), ("idp_peft.compose", ["composition", "models"]), ("model.save_pretrained(tempfile.mkdtemp())", ["hub", "models", "offline"])],
     ids=["trained and generated", "composed", "saved"],
 )
 def test_in_use_a_layer_is_loaded_when_it_is_asked_for(more, loaded):
     """Saving writes a card; the second and third case show that the first can fail."""
     command = [sys.executable, "-W", "ignore", "-c", USE.replace("{more}", more), *THIN]
-    done = subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == loaded

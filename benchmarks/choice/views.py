@@ -11,8 +11,8 @@ from transformers import DynamicCache
 
 from benchmarks.choice.every_layer import scores_at_every_layer
 from idp_peft.analysis.taps import eager_attention
-from idp_peft.forward import internal_run
 from idp_peft.hosting.architectures import cache_name
+from idp_peft.hosting.call import internal_run
 from idp_peft.layer import IDPLayer
 from idp_peft.probe import BlockMask, sum_by_prompt
 from idp_peft.prompt_bank import PromptBank

@@ -47,6 +47,7 @@ def _records(options: argparse.Namespace, folder: Path):
     from benchmarks.faults import experiments
 
     torch.set_num_threads(1)  # a fork has no other threads
+    tqdm.monitor_interval = 0  # nor the lock that a thread of the progress bar may hold at that moment
     place, count = experiments.Place(folder), options.count or _COUNTS.get(options.experiment)
     tries = {
         "kills": lambda: experiments.kills(place, count, processes=False),

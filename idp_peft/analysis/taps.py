@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from idp_peft.forward import is_internal_run
 from idp_peft.hosting.architectures import by_name, find_attention, find_blocks, forward_parameters
+from idp_peft.hosting.call import is_internal_run
 from idp_peft.hosting.sharding import unwrapped
 
 HIDDEN, ATTENTION_OUTPUT, MLP_OUTPUT, ATTENTION = PARTS = ("hidden", "attention_output", "mlp_output", "attention")

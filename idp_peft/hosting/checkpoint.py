@@ -11,6 +11,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from idp_peft.hosting.introspection import adapter_of_auto_class
+
 _KEY_END = "idp.idp_prompts.weight"
 
 
@@ -53,6 +55,22 @@ def check_weights(
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read and may be truncated: {error}") from error
     check_shapes(shapes, config, width, str(path), model)
+
+
+def refuse_gguf_base_in_auto_class(base: str | None) -> None:
+    """Raise where one of PEFT's auto classes is about to load a base that is a GGUF file.
+
+    Args:
+        base (`str`, *optional*): `base_model_name_or_path` of an adapter's config.
+    """
+    if not str(base).endswith(".gguf") or os.path.isdir(base):
+        return
+    adapter = adapter_of_auto_class()
+    if adapter is not None:
+        raise ValueError(
+            f"the base of adapter {adapter!r} is the GGUF file {base!r}, which PEFT's auto classes cannot load: use "
+            f"`model, tokenizer = idp_peft.load({adapter!r})`"
+        )
 
 
 def find_file(source: str, subfolder: str | None, hub_arguments: dict, name: str) -> str | None:
@@ -143,6 +161,26 @@ def check_place(names: Iterable[str], model: nn.Module, source: str) -> None:
             f"{source} holds the prompts of {found.removesuffix('.' + _KEY_END)!r}, but this model's decoder is "
             f"{places[0].removesuffix('.idp')!r}: load it on the architecture it was trained on, or pass `key_mapping`"
         )
+
+
+def remove_adapter(model: nn.Module, adapter_name: str, only_new: bool = False) -> None:
+    """Take a half-loaded adapter off again, and the whole of IDP where it was the only one.
+
+    Args:
+        only_new (`bool`): leave a bank that was applied before where it is.
+    """
+    for layer in [module for module in model.modules() if hasattr(module, "idp_prompts")]:
+        bank = dict(layer.idp_prompts).get(adapter_name)
+        if only_new and not (bank is not None and bank.is_new):
+            return
+        configs = getattr(layer.model, "peft_config", {})
+        if bank is not None and len(layer.idp_prompts) > 1:
+            layer.delete_adapter(adapter_name)
+            configs.pop(adapter_name, None)
+        elif bank is not None or not layer.idp_prompts:
+            layer.detach()
+            if hasattr(layer.model, "peft_config"):
+                del layer.model.peft_config
 
 
 def _plain(name: str) -> str:

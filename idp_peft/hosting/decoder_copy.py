@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from idp_peft.hosting.architectures import (
@@ -28,6 +31,40 @@ _HOOK_TABLES = (
 )
 
 
+@contextmanager
+def evaluating(decoder: nn.Module) -> Iterator[None]:
+    """A context in which no module drops out; each gets its own mode back."""
+    modules = [module for module in decoder.modules() if module.training] if decoder.training else []
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module in modules:
+            module.training = True
+
+
+class Reached(Exception):
+    """Raised by an attention function to leave a copied decoder with a result."""
+
+    def __init__(self, result: torch.Tensor) -> None:
+        self.result = result
+
+
+def run_until_reached(decoder: nn.Module, layer: int, implementation: str, reader, call: dict) -> torch.Tensor:
+    """Run a copy of a decoder until one of its attention modules raises [`Reached`]; returns what that carries.
+
+    Args:
+        call (`dict`): the arguments of the decoder's forward. The others: as in [`copy_for_reading`].
+    """
+    copied = copy_for_reading(decoder, layer, implementation, reader)
+    try:
+        type(decoder).forward(copied, **call)
+    except Reached as reached:
+        return reached.result
+    raise RuntimeError(f"the attention of layer {layer} of {type(decoder).__name__} was not reached")
+
+
 def first_layers(decoder: nn.Module, layer: int) -> nn.Module:
     """A shallow copy of a decoder that ends behind `layer` and has no hooks of its own; its layers are the decoder's."""
     name, blocks = find_blocks(decoder)
@@ -43,8 +80,8 @@ def copy_for_reading(decoder: nn.Module, layer: int, implementation: str, reader
         decoder (`nn.Module`): the base model's decoder.
         layer (`int`): the last layer to run.
         implementation (`str`): name of the attention function in transformers' `AttentionInterface`, or `"eager"`.
-        reader: what that function finds as `module.config.idp_reader`. Attention that does not use the interface calls
-            `reader.report(layer, module, weights)` with its weights `[batch, heads, n, S+n]`.
+        reader: what that function finds as `module.config.idp_reader`. Attention that does not use the interface raises
+            [`Reached`] at `reader.layer`, with its weights `[batch, heads, n, S+n]`.
     """
     config = copy.copy(decoder.config)
     config._attn_implementation_internal = implementation
@@ -102,7 +139,7 @@ def _copy_block(owner: nn.Module, config, layer: int) -> nn.Module:
 
 
 class _ReportingForward:
-    """Calls an attention module that does not use the interface, and reports its weights."""
+    """Calls an attention module that does not use the interface, and leaves with its weights at the reader's layer."""
 
     def __init__(self, attention: nn.Module, layer: int, reader) -> None:
         self.attention, self.layer, self.reader = attention, layer, reader
@@ -114,8 +151,14 @@ class _ReportingForward:
         if "output_attentions" in forward_parameters(self.eager):
             kwargs["output_attentions"] = True
         outputs = self.eager.forward(self.attention, *args, **kwargs)
-        weights = next((output for output in outputs[1:] if getattr(output, "ndim", 0) == 4), None)
-        self.reader.report(self.layer, self.attention, weights)
+        if self.layer == self.reader.layer:
+            weights = next((output for output in outputs[1:] if getattr(output, "ndim", 0) == 4), None)
+            if weights is None:
+                raise ValueError(
+                    f"{type(self.attention).__name__} does not report its attention weights: load the base model with "
+                    "attn_implementation='eager'"
+                )
+            raise Reached(weights)
         return outputs
 
 

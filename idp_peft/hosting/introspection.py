@@ -12,7 +12,7 @@ from functools import cache
 from itertools import chain
 from types import CodeType, FrameType
 
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from torch import nn
 
 _GENERATION = "transformers.generation.utils"
@@ -30,6 +30,17 @@ def peft_model_under_construction(frame: FrameType) -> PeftModel | None:
         frame (`FrameType`): the caller of the tuner's constructor.
     """
     return frame.f_locals["self"] if frame.f_code is PeftModel.__init__.__code__ else None
+
+
+def adapter_of_auto_class() -> str | None:
+    """The adapter that one of PEFT's auto classes loads right now; `None` outside of one.
+
+    Why: these classes read the adapter's config, and then load its base by name alone. A base that is a GGUF file would be
+    taken for a Hub id. The config is the last thing they ask a method for. It can go when they load GGUF files.
+    """
+    code = AutoPeftModelForCausalLM.from_pretrained.__func__.__code__
+    found = (str(f.f_locals["pretrained_model_name_or_path"]) for f in _callers() if f.f_code is code)
+    return next(found, None)
 
 
 def repository_of_trainer(frame: FrameType) -> str | None:

@@ -91,3 +91,30 @@ def _tensor(numbers: list, batch: int) -> torch.Tensor:
         return torch.as_tensor(numbers)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"`prompt_ids` must have one number or name per row ({batch}), got {numbers}") from error
+
+
+def checked_names(names: list[str] | None, num_prompts: int) -> list[str] | None:
+    """`prompt_names` of a config.
+
+    Raises:
+        `ValueError`: for anything but one distinct name per prompt.
+    """
+    if names is None:
+        return None
+    if not isinstance(names, (list, tuple)) or len(names) != num_prompts:
+        count = f"{len(names)} names {list(names)}" if isinstance(names, (list, tuple)) else repr(names)
+        raise ValueError(
+            f"`prompt_names` must be a list of one name per prompt (num_prompts={num_prompts}), got {count}"
+        )
+    seen = set()
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"`prompt_names` must hold texts that are not empty, got {name!r}")
+        if name == AUTO:
+            raise ValueError(
+                f"`prompt_names` must not hold {AUTO!r}, which in `prompt_ids` lets a row choose, got {list(names)}"
+            )
+        if name in seen:
+            raise ValueError(f"`prompt_names` must hold distinct names, got {name!r} twice")
+        seen.add(name)
+    return list(names)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -235,24 +234,6 @@ def find_model(name_or_path: str | Path) -> tuple[str, str | None]:
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"there is no model at {name}")
     return name, None
-
-
-def refuse_auto_class(gguf_file: str) -> None:
-    """Raise where one of PEFT's auto classes is about to load a base that is a GGUF file, which it would take for a Hub id.
-
-    Called while the adapter's config is read: the last that those classes ask of a method before they load its base.
-    """
-    from peft import AutoPeftModelForCausalLM
-
-    frame = None if Path(gguf_file).is_dir() else sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is AutoPeftModelForCausalLM.from_pretrained.__func__.__code__:
-            adapter = str(frame.f_locals["pretrained_model_name_or_path"])
-            raise ValueError(
-                f"the base of adapter {adapter!r} is the GGUF file {gguf_file!r}, which PEFT's auto classes cannot load: use "
-                f"`model, tokenizer = idp_peft.load({adapter!r})`"
-            )
-        frame = frame.f_back
 
 
 def _look_into(folder: Path) -> tuple[str, str | None]:
