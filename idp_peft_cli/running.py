@@ -6,6 +6,7 @@ import errno
 import logging
 import sys
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 
 _PACKAGES = ("idp_peft", "idp_peft_cli")
@@ -34,31 +35,22 @@ def _compress(options) -> None:
     from idp_peft.texts.data import load_texts
 
     texts = load_texts(options.dataset, options.dataset_split, options.text_column, options.dataset_config)
-    note = compress(
-        options.model,
-        options.recipe,
-        options.output_dir,
-        texts,
-        calibration_samples=options.calibration_samples,
-        calibration_tokens=options.calibration_tokens,
-        group_size=options.group_size,
-        symmetric=options.symmetric,
-        backend=options.backend,
-        seed=options.seed,
-    )
+    names = ("calibration_samples", "calibration_tokens", "group_size", "symmetric", "backend", "seed")
+    keywords = {name: getattr(options, name) for name in names}
+    note = compress(options.model, options.recipe, options.output_dir, texts, **keywords)
     print(f"{options.recipe} model in {options.output_dir} ({note['seconds']:.0f} s)")
 
 
 def _recover(options, arguments) -> None:
     from idp_peft.recover import recover
 
-    print(f"adapter in {recover(options, arguments)}")
+    print(f"adapter in {recover(arguments=arguments, **asdict(options))}")
 
 
 def _evaluate(options) -> None:
     from idp_peft.evaluation import evaluate
 
-    print(f"result in {evaluate(options)}")
+    print(f"result in {evaluate(**asdict(options))}")
 
 
 def _report(options) -> None:
@@ -103,24 +95,7 @@ def _route(options) -> None:
 def _proxy(options) -> None:
     from idp_peft.serving.run_proxy import run_proxy
 
-    run_proxy(
-        options.model,
-        options.engine,
-        served_model_name=options.served_model_name,
-        host=options.host,
-        port=options.port,
-        max_body_bytes=options.max_body_bytes,
-        max_tokens=options.max_tokens,
-        max_texts=options.max_texts,
-        max_request_tokens=options.max_request_tokens,
-        max_characters=options.max_characters,
-        max_requests=options.max_requests,
-        max_connections=options.max_connections,
-        client_timeout=options.client_timeout,
-        timeout=options.timeout,
-        allow_origins=options.allow_origins,
-        engine_fields=options.engine_fields or (),
-    )
+    run_proxy(**{**asdict(options), "engine_fields": options.engine_fields or ()})
 
 
 # What libraries written in other languages say of a disk that is full, or of a file that may not be written.

@@ -16,7 +16,7 @@ from idp_peft.recover.adapter import starting_texts
 from idp_peft.recover.training import training_examples
 from idp_peft.texts.chats import Chat, assistant_only
 from idp_peft.texts.data import blocks, load_texts
-from idp_peft_cli.parsing import parse
+from tests.commands import run_evaluate, run_recover
 from tests.tiny import tiny
 from tests.tokenizers_in_use import BOS, EOS, make
 
@@ -432,9 +432,9 @@ def test_recover_and_evaluate_take_chats(name, tmp_path, monkeypatch):
     def words(values):
         return [word for flag, value in values.items() for word in (f"--{flag}", str(value))]
 
-    recover(*parse("recover", words({**flags, **training})))
+    run_recover(words({**flags, **training}), recover)
     scored = {**flags, "adapter": "run/adapter", "output": "result.json", "window": 16, "stride": 12}
-    evaluate(*parse("evaluate", words(scored)))
+    run_evaluate(words(scored), evaluate)
     result = json.loads((tmp_path / "result.json").read_text())
     items = result["perplexity"]["chats.jsonl:held_out"]["items"]
     expected = {"messages": 10, "the assistant's words": 3, "prompts": 3, "prompts as chats": 3}
@@ -451,21 +451,6 @@ def test_chats_for_a_model_without_a_template_are_refused_before_anything_is_loa
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": TURNS}) + "\n")
     monkeypatch.setattr(run, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="the tokenizer has no chat template"):
-        recover(*parse("recover", ["--model", "model", "--dataset", "chats.jsonl", "--output_dir", "run"]))
+        recover("model", "run", dataset="chats.jsonl")
     with pytest.raises(ValueError, match="`assistant_only_loss` needs chats, and `dataset` 'self' is text"):
-        recover(
-            *parse(
-                "recover",
-                [
-                    "--model",
-                    "model",
-                    "--teacher",
-                    "model",
-                    "--dataset",
-                    "self",
-                    "--assistant_only_loss",
-                    "--output_dir",
-                    "run",
-                ],
-            )
-        )
+        recover("model", "run", teacher="model", dataset="self", assistant_only_loss=True)

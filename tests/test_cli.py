@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import resource
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 
-from idp_peft_cli import main
+from idp_peft_cli import main, options
 from idp_peft_cli.parsing import WrongUseError, parse
 from tests.hub_server import TOKEN, HubServer, only_hub
 from tests.tiny_folder import tiny_folder, tiny_texts
@@ -228,3 +230,19 @@ def test_push_refuses_what_is_no_adapter_in_one_line(more, text, tmp_path, monke
         main(["push", "--repo", "user/name", *more])
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"idp-peft push: error: {text}\n"
+
+
+def test_a_flag_is_a_keyword_of_the_same_default():
+    """The command line has dataclasses of its own, so that `--help` imports nothing heavy."""
+    from idp_peft.evaluation import evaluate
+    from idp_peft.recover import RecoverSettings
+
+    def defaults(fields) -> dict:
+        return {field.name: field.default for field in fields}
+
+    assert defaults(fields(options.RecoverOptions)) == defaults(fields(RecoverSettings))
+    keywords = {name: p.default for name, p in inspect.signature(evaluate).parameters.items()}
+    flags = defaults(fields(options.EvaluateOptions))
+    assert {n: None if d in (MISSING, inspect.Parameter.empty) else d for n, d in keywords.items()} == {
+        name: None if default is MISSING else default for name, default in flags.items()
+    }

@@ -50,7 +50,9 @@ def imported(source: str, module: str, known: dict[str, Path]) -> set[str]:
             base = package.rsplit(".", node.level - 1)[0] if node.level else ""
             base = ".".join(part for part in (base, node.module) if part)
             names += [f"{base}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in known:
+        elif (
+            isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value and node.value in known
+        ):
             names.append(node.value)  # for `import_module`
     found = set()
     for name in names:
@@ -94,7 +96,7 @@ def test_nothing_imports_the_command_line_but_itself():
 
 
 # They run the command line as a user does, which is what they measure.
-RUNS_COMMANDS = {"benchmarks.faults.child", "benchmarks.demo.__main__"}
+RUNS_COMMANDS = {"benchmarks.faults.child", "benchmarks.faults.served_model", "benchmarks.demo.__main__"}
 
 
 def test_no_module_imports_itself_through_others():
@@ -169,7 +171,11 @@ print(*sorted(set(ours) & set(sys.argv[1:])))
 
 @pytest.mark.parametrize(
     ("more", "loaded"),
-    [("", []), ("idp_peft.compose", ["composition", "models"]), ("model.save_pretrained(tempfile.mkdtemp())", ["hub", "models", "offline"])],
+    [
+        ("", []),
+        ("idp_peft.compose", ["composition", "models"]),
+        ("model.save_pretrained(tempfile.mkdtemp())", ["hub", "models", "offline"]),
+    ],
     ids=["trained and generated", "composed", "saved"],
 )
 def test_in_use_a_layer_is_loaded_when_it_is_asked_for(more, loaded):

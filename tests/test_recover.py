@@ -23,7 +23,7 @@ from idp_peft.recover.distillation import forward_kl
 from idp_peft.recover.methods import lora_parameters_per_rank, nearest_lora, prefix_parameters_per_token
 from idp_peft.recover.training import collate, training_examples
 from idp_peft_cli import main
-from idp_peft_cli.parsing import parse
+from tests.commands import run_recover
 from tests.patience import PATIENCE
 from tests.tiny import tiny
 from tests.tiny_folder import tiny_folder, tiny_texts
@@ -63,7 +63,7 @@ def flags(output: str = "run", **changes) -> list[str]:
 
 
 def run(output: str = "run", **changes) -> Path:
-    return recover(*parse("recover", flags(output, **changes)))
+    return run_recover(flags(output, **changes), recover)
 
 
 def test_the_packaged_model_can_be_repaired_from_openings_of_its_text(here, monkeypatch):

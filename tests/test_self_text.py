@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from idp_peft.recover import run as run_module
 from idp_peft.recover.self_text import sample_blocks
 from idp_peft.recover.training import collate, training_examples
-from idp_peft_cli.parsing import parse
+from tests.commands import run_recover
 from tests.tiny import VOCAB, tiny
 from tests.tokenizers_in_use import IN_USE, make
 
@@ -119,7 +119,7 @@ def test_padding_and_what_a_tokenizer_adds_are_never_labels(name, tmp_path, monk
     training = {"max_steps": 1, "block_tokens": LENGTH, "context_tokens": 2, "min_tokens": 4, "num_virtual_tokens": 3}
     flags = {"model": "model", "teacher": "teacher", "dataset": "self", "self_samples": 16, "output_dir": "run"}
     words = [word for flag, value in {**flags, **training}.items() for word in (f"--{flag}", str(value))]
-    run_module.recover(*parse("recover", [*words, "--use_cpu", "--disable_tqdm", "True"]))
+    run_recover([*words, "--use_cpu", "--disable_tqdm", "True"], run_module.recover)
     tokenizer = build()
     batch = collate(made[0])
     labels, padded = batch["labels"], batch["attention_mask"] == 0
@@ -155,4 +155,4 @@ def test_a_teacher_that_writes_nothing_long_enough_is_one_clear_error(tmp_path, 
     ]
     message = r"'self': of 8 texts that `teacher` 'teacher' wrote, 0 have `min_tokens`=32 tokens"
     with pytest.raises(ValueError, match=message):
-        run_module.recover(*parse("recover", [*flags, "--use_cpu", "--disable_tqdm", "True"]))
+        run_recover([*flags, "--use_cpu", "--disable_tqdm", "True"], run_module.recover)

@@ -49,8 +49,7 @@ def draw(report, path: Path) -> None:
 
 
 def _panel(axis, report, group: str, objective: str) -> None:
-    from benchmarks.biographies.summary import DENSE
-    from benchmarks.biographies.tables import NAMES
+    from benchmarks.biographies.summary import DENSE, NAMES
 
     means = report.summary(group).all
     places = range(1 + len(report.strengths))

@@ -6,7 +6,6 @@ import contextlib
 import io
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 from benchmarks.biographies.leaks import check_only
 from benchmarks.biographies.people import Person
@@ -58,6 +57,7 @@ def repair(
     from idp_peft.models.fingerprint import fingerprint
     from idp_peft.models.gradient_probe import probe_gradients
     from idp_peft.models.loading import load_model, load_tokenizer
+    from idp_peft.recover import RecoverSettings
     from idp_peft.recover.adapter import corpus_starts
     from idp_peft.recover.methods import method_config
     from idp_peft.recover.training import training_examples
@@ -66,7 +66,7 @@ def repair(
     tokenizer, model = load_tokenizer(str(folder)), load_model(str(folder), for_training=True)
     probe = probe_gradients(model)
     before = fingerprint(model)
-    options = SimpleNamespace(model=str(folder), **_USUAL, **METHODS[method])
+    options = RecoverSettings(str(folder), **_USUAL, **METHODS[method])
     blocks = tokenizer(texts, add_special_tokens=False)["input_ids"]
     set_seed(seed)
     # A long prompt begins as two biographies, not as one told twice.

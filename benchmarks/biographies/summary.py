@@ -16,6 +16,13 @@ import numpy as np
 from idp_peft.report.bootstrap import Averaged, Means, Resampled
 from idp_peft.report.statistics import holm
 
+NAMES = {
+    None: "not repaired",
+    "idp": "IDP, 4 x 16",
+    "one-prompt": "one prompt of 64",
+    "lora-same-size": "LoRA of the same size",
+    "lora-rank-16": "LoRA, rank 16",
+}
 DENSE = "dense"
 RECALL = ("seen", "answer")  # template and column of `recall.measure`
 

@@ -9,19 +9,12 @@ from pathlib import Path
 from benchmarks.biographies import tuning
 from benchmarks.biographies.people import CHANCE
 from benchmarks.biographies.repair import STEPS
-from benchmarks.biographies.summary import DENSE, Cell, Summary, comparisons, key, read_cells
+from benchmarks.biographies.summary import DENSE, NAMES, Cell, Summary, comparisons, key, read_cells
 from benchmarks.biographies.tuning import chosen, pilot_damage, tried
 from benchmarks.markdown import head, row
 from idp_peft.report.formatting import number, p_value
 
 RESULTS = Path(__file__).parent / "results"
-NAMES = {
-    None: "not repaired",
-    "idp": "IDP, 4 x 16",
-    "one-prompt": "one prompt of 64",
-    "lora-same-size": "LoRA of the same size",
-    "lora-rank-16": "LoRA, rank 16",
-}
 GROUPS = ("held-out", "repaired-on", "calibration", "unknown")
 OTHER_MEASURES = {
     ("kept_back", "answer"): "Recall in the template kept back: no text ever stated this fact of this person in it",

@@ -22,14 +22,14 @@ def main(arguments: list[str] | None = None) -> None:
     from transformers import set_seed
 
     from idp_peft.models.loading import load_model, load_tokenizer
+    from idp_peft.recover import RecoverSettings
     from idp_peft.recover.adapter import with_adapter
     from idp_peft.texts.data import load_texts, token_blocks
-    from idp_peft_cli.options import RecoverOptions
 
     tokenizer = load_tokenizer(options.model)
     blocks = token_blocks(tokenizer, load_texts("wiki", "train"), 256, min_tokens=256)
     set_seed(options.seed)
-    bank = RecoverOptions(
+    bank = RecoverSettings(
         model=options.model, num_prompts=options.num_prompts, num_virtual_tokens=options.num_virtual_tokens
     )
     with_adapter(load_model(options.model, dtype=torch.float32), tokenizer, blocks, bank).save_pretrained(

@@ -75,8 +75,6 @@ def _train(matrix: Matrix, one: Contender, options: dict, runs: Path) -> Path:
     import torch
 
     from idp_peft.recover import recover
-    from idp_peft.recover.arguments import RecoverArguments
-    from idp_peft_cli.options import RecoverOptions
 
     folder = runs / matrix.name / one.path
     arguments = dict(matrix.training)
@@ -84,15 +82,16 @@ def _train(matrix: Matrix, one: Contender, options: dict, runs: Path) -> Path:
     learning_rate = options.pop("learning_rate", None)
     teacher = matrix.base if OBJECTIVES[one.objective] == "distillation" else None
     return recover(
-        RecoverOptions(model=matrix.model_of(one.compression), teacher=teacher, **data, **options),
-        RecoverArguments(
-            output_dir=str(folder),
-            learning_rate=learning_rate,
-            seed=one.seed,
-            report_to="none",
-            dataloader_pin_memory=torch.cuda.is_available(),
-            **arguments,
-        ),
+        matrix.model_of(one.compression),
+        str(folder),
+        teacher=teacher,
+        learning_rate=learning_rate,
+        seed=one.seed,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **data,
+        **options,
+        **arguments,
     )
 
 

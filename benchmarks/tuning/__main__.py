@@ -6,7 +6,6 @@ import argparse
 import json
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 _HERE = Path(__file__).parent
 BLOCK_TOKENS, CONTEXT_TOKENS, BATCH = 256, 64, 4
@@ -45,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
         settings = {**USUAL, **json.loads(line)}
         if settings in done:
             continue
-        record = {"settings": settings, **bench.trial(SimpleNamespace(**settings, model=options.model))}
+        record = {"settings": settings, **bench.trial(**settings)}
         with options.output.open("a") as file:
             file.write(json.dumps(record) + "\n")
         done.append(settings)
@@ -72,36 +71,38 @@ class Bench:
         self.dense = self._score(self.teacher)
         self.compressed = self._score(_load(folder))
 
-    def trial(self, settings: SimpleNamespace) -> dict:
+    def trial(self, objective: str, learning_rate: float, steps: int, seed: int, **settings) -> dict:
         """Train one adapter and score it on the validation blocks, each prompt forced as well."""
         import torch
         from transformers import TrainingArguments, set_seed
 
+        from idp_peft.recover import RecoverSettings
         from idp_peft.recover.adapter import with_adapter
         from idp_peft.recover.training import make_trainer, training_examples
 
         began = time.perf_counter()
+        settings = RecoverSettings(self.folder, **settings)
         model = _load(self.folder)
-        set_seed(settings.seed)
+        set_seed(seed)
         model = with_adapter(model, self.tokenizer, self.train, settings, self.teacher)
         arguments = TrainingArguments(
             output_dir="runs/tuning",
-            max_steps=settings.steps,
+            max_steps=steps,
             per_device_train_batch_size=BATCH,
-            learning_rate=settings.learning_rate,
+            learning_rate=learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=max(1, settings.steps // 10),
+            warmup_steps=max(1, steps // 10),
             weight_decay=0.0,
-            logging_steps=max(1, settings.steps // 10),
+            logging_steps=max(1, steps // 10),
             save_strategy="no",
             report_to="none",
             bf16=True,
             use_cpu=not torch.cuda.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=True,
-            seed=settings.seed,
+            seed=seed,
         )
-        teacher = self.teacher if settings.objective == "distillation" else None
+        teacher = self.teacher if objective == "distillation" else None
         examples = training_examples(self.train, CONTEXT_TOKENS)
         trainer = make_trainer(
             model, arguments, examples, None, teacher, settings.distillation_weight, settings.temperature

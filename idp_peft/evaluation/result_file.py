@@ -18,46 +18,61 @@ from idp_peft.texts.chats import assistant_only
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-_SETTINGS = (
-    "model",
-    "adapter",
-    "label",
-    "role",
-    "dataset",
-    "dataset_split",
-    "text_column",
-    "dataset_config",
-    "assistant_only_loss",
-    "tasks",
-    "limit",
-    "seed",
-    "window",
-    "stride",
-    "batch_size",
-    "each_prompt",
-)
 # What a result of before they existed was measured with.
 _NEW_SETTINGS = {"assistant_only_loss": False}
 
 
-def evaluate(options) -> Path:
+def evaluate(
+    model: str,
+    output: str | Path,
+    adapter: str | None = None,
+    label: str | None = None,
+    role: str | None = None,
+    dataset: str = "wiki",
+    dataset_split: str = "held_out",
+    text_column: str = "text",
+    dataset_config: str | None = None,
+    assistant_only_loss: bool = False,
+    tasks: list[str] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    window: int = 256,
+    stride: int = 192,
+    batch_size: int = 4,
+    each_prompt: bool = False,
+) -> Path:
     """Measure one model and write the result, whole or not at all.
 
-    A result that is there already, of the same settings, is kept: the call returns at once.
+    A result of the same settings that is there already is kept: the call returns at once.
 
     Args:
-        options (`EvaluateOptions`): `model`, `adapter`, `output` and the fields named in `settings` of the result.
+        model (`str`): `"default"`, a folder, a `.gguf` file or a Hub id.
+        output (`str`): the result's JSON file; scores of every item are in it.
+        adapter (`str`, *optional*): a PEFT adapter on the model: a folder or a Hub id.
+        label (`str`, *optional*): the name of the row in tables; by default what the model is.
+        role (`str`, *optional*): `"dense"`, `"compressed"` or `"recovered"`; by default what adapter and config say.
+        dataset (`str`, defaults to `"wiki"`): text for perplexity, as in [`load_texts`], or `"none"`.
+        dataset_split (`str`), text_column (`str`), dataset_config (`str`, *optional*): as in [`load_texts`].
+        assistant_only_loss (`bool`, defaults to `False`): score the assistant's turns of a chat alone.
+        tasks (`list[str]`, *optional*): zero-shot tasks: `local_*` names, `"all_local"`, or the harness's own names.
+        limit (`int`, *optional*): at most so many documents, and questions of each task, a seeded sample.
+        seed (`int`, defaults to `0`): of that sample.
+        window (`int`, defaults to `256`): tokens that the model sees at once when perplexity is measured.
+        stride (`int`, defaults to `192`): tokens scored per window. Those before are the context, which chooses the prompt.
+        batch_size (`int`, defaults to `4`): rows of a forward pass.
+        each_prompt (`bool`, defaults to `False`): also force every prompt: best single, random and oracle choice.
 
     Returns:
-        `Path`: the result file.
+        `Path`: `output`.
 
     Raises:
-        `ValueError`: for a wrong option, or where the file holds the result of other settings or of an older model.
+        `ValueError`: for a wrong setting, or where `output` holds a result of other settings or of an older model.
         `FileNotFoundError`: where the model or the dataset does not exist.
         `ImportError`: where a library that is needed is missing, naming what to install.
     """
-    settings = settings_of(options)
-    output = Path(options.output)
+    settings = {name: value for name, value in locals().items() if name != "output"}
+    settings = _checked(settings)
+    output = Path(output)
     if is_done(output, settings):
         logger.info("%s holds this result already", output)
         return output
@@ -86,13 +101,12 @@ def evaluate(options) -> Path:
     return output
 
 
-def settings_of(options) -> dict:
-    """The options that decide a result, checked.
+def _checked(settings: dict) -> dict:
+    """The settings of a result, as they are written into it.
 
     Raises:
         `ValueError`: for a wrong one.
     """
-    settings = {name: getattr(options, name, _NEW_SETTINGS.get(name)) for name in _SETTINGS}
     for name in ("model", "adapter"):
         settings[name] = None if settings[name] is None else str(settings[name])
     settings["tasks"] = check_tasks(settings["tasks"])

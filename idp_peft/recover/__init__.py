@@ -1,5 +1,6 @@
 """Repair a compressed model: the training behind `idp-peft recover`."""
 
 from idp_peft.recover.run import recover
+from idp_peft.recover.settings import RecoverSettings
 
-__all__ = ["recover"]
+__all__ = ["RecoverSettings", "recover"]

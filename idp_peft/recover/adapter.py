@@ -18,24 +18,24 @@ logger = logging.getLogger(__name__)
 
 
 def with_adapter(
-    model: nn.Module, tokenizer, blocks: list[list[int]], options, teacher: nn.Module | None = None
+    model: nn.Module, tokenizer, blocks: list[list[int]], settings, teacher: nn.Module | None = None
 ) -> PeftModel:
-    """The model with the adapter of `options.method` on it. What is random is drawn from torch's global generator.
+    """The model with the adapter of `settings.method` on it. What is random is drawn from torch's global generator.
 
-    With `options.init` "corpus", prompts start at the openings of training blocks, and a prefix at the teacher's keys and
+    With `settings.init` "corpus", prompts start at the openings of training blocks, and a prefix at the teacher's keys and
     values of some, where there is a teacher of the model's own shape.
 
     Args:
         model (`PreTrainedModel`): the compressed model.
         tokenizer: its tokenizer.
         blocks (`list[list[int]]`): token ids of the training text.
-        options (`RecoverOptions`): what the user asked for; see [`method_config`].
+        settings (`RecoverSettings`): what the user asked for; see [`method_config`].
         teacher (`PreTrainedModel`, *optional*): the dense model.
     """
-    from_text = options.init == "corpus"
-    texts = corpus_starts(tokenizer, blocks, options) if from_text else None
-    adapted = get_peft_model(model, method_config(model, options, texts))
-    if options.method == "prefix_tuning" and from_text and teacher is not None:
+    from_text = settings.init == "corpus"
+    texts = corpus_starts(tokenizer, blocks, settings) if from_text else None
+    adapted = get_peft_model(model, method_config(model, settings, texts))
+    if settings.method == "prefix_tuning" and from_text and teacher is not None:
         if prefix_parameters_per_token(teacher.config) == prefix_parameters_per_token(model.config):
             start_prefix(adapted, teacher, opening(tokenizer, blocks, adapted.active_peft_config.num_virtual_tokens))
         else:
@@ -43,11 +43,11 @@ def with_adapter(
     return adapted
 
 
-def corpus_starts(tokenizer, blocks: list[list[int]], options) -> list[str]:
+def corpus_starts(tokenizer, blocks: list[list[int]], settings) -> list[str]:
     """One text per prompt for `init="corpus"`: the first tokens of as many random training blocks. Drawn from torch's global
     generator."""
-    chosen = torch.randperm(len(blocks))[: options.num_prompts].tolist()
-    return [tokenizer.decode(blocks[i][: options.num_virtual_tokens]) for i in chosen]
+    chosen = torch.randperm(len(blocks))[: settings.num_prompts].tolist()
+    return [tokenizer.decode(blocks[i][: settings.num_virtual_tokens]) for i in chosen]
 
 
 def starting_texts(blocks: list[Block]) -> list[list[int]]:

@@ -17,12 +17,12 @@ METHODS = ("idp", "prompt_tuning", "prefix_tuning", "lora")
 LEARNING_RATES = {"idp": 3e-2, "prompt_tuning": 3e-2, "prefix_tuning": 1e-2, "lora": 1e-3}
 
 
-def method_config(model: nn.Module, options, texts: list[str] | None = None) -> PeftConfig:
-    """The PEFT configuration of `options.method`.
+def method_config(model: nn.Module, settings, texts: list[str] | None = None) -> PeftConfig:
+    """The PEFT configuration of `settings.method`.
 
     Args:
         model (`PreTrainedModel`): the compressed model.
-        options (`RecoverOptions`): what the user asked for. With `match_budget`, a baseline gets the size that is
+        settings (`RecoverSettings`): what the user asked for. With `match_budget`, a baseline gets the size that is
             nearest to the prompt bank's parameter count: LoRA its rank and layers, prompt tuning one prompt of the
             bank's total length, prefix tuning its number of tokens.
         texts (`list[str]`, *optional*): starts of the prompts for `init="corpus"`.
@@ -30,35 +30,35 @@ def method_config(model: nn.Module, options, texts: list[str] | None = None) -> 
     Raises:
         `ValueError`: for an unknown method.
     """
-    if options.method == "idp":
-        start = {"init": options.init}
-        if options.init == "corpus":
-            start = {"init": "text", "init_text": texts, "tokenizer_name_or_path": place_of(options.model)}
+    if settings.method == "idp":
+        start = {"init": settings.init}
+        if settings.init == "corpus":
+            start = {"init": "text", "init_text": texts, "tokenizer_name_or_path": place_of(settings.model)}
         return IDPConfig(
             task_type="CAUSAL_LM",
-            num_prompts=options.num_prompts,
-            num_virtual_tokens=options.num_virtual_tokens,
-            selection=options.selection,
-            selection_layer=options.selection_layer,
-            selection_reduction=options.selection_reduction,
-            assignment=options.assignment,
+            num_prompts=settings.num_prompts,
+            num_virtual_tokens=settings.num_virtual_tokens,
+            selection=settings.selection,
+            selection_layer=settings.selection_layer,
+            selection_reduction=settings.selection_reduction,
+            assignment=settings.assignment,
             **start,
         )
-    budget = options.num_prompts * options.num_virtual_tokens * embedding_width(model.get_input_embeddings())
-    if options.method == "lora":
-        targets, rank = options.lora_target_modules, options.lora_rank
-        if options.match_budget:
+    budget = settings.num_prompts * settings.num_virtual_tokens * embedding_width(model.get_input_embeddings())
+    if settings.method == "lora":
+        targets, rank = settings.lora_target_modules, settings.lora_rank
+        if settings.match_budget:
             targets, rank = nearest_lora(model, budget)
         return LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets)
-    if options.method == "prompt_tuning":
-        tokens = options.num_virtual_tokens * (options.num_prompts if options.match_budget else 1)
+    if settings.method == "prompt_tuning":
+        tokens = settings.num_virtual_tokens * (settings.num_prompts if settings.match_budget else 1)
         return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
-    if options.method == "prefix_tuning":
-        tokens = options.num_virtual_tokens
-        if options.match_budget:
+    if settings.method == "prefix_tuning":
+        tokens = settings.num_virtual_tokens
+        if settings.match_budget:
             tokens = max(1, round(budget / prefix_parameters_per_token(model.config)))
         return PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
-    raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {options.method!r}")
+    raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {settings.method!r}")
 
 
 def nearest_lora(model: nn.Module, budget: int) -> tuple[str | list[str], int]:

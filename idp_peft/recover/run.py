@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import os
@@ -21,11 +22,12 @@ from idp_peft.models.fingerprint import fingerprint
 from idp_peft.models.gradient_probe import probe_gradients
 from idp_peft.models.loading import accepted_by_trainer, load_model, load_tokenizer
 from idp_peft.recover.adapter import starting_texts, with_adapter
+from idp_peft.recover.arguments import RecoverArguments
 from idp_peft.recover.checkpoints import MarkWhole, digests, is_whole
-from idp_peft.recover.distillation import check_distillation
 from idp_peft.recover.methods import LEARNING_RATES
 from idp_peft.recover.run_folder import RunFolder
 from idp_peft.recover.self_text import sample_blocks
+from idp_peft.recover.settings import RecoverSettings
 from idp_peft.recover.stopping import StopAtSignal
 from idp_peft.recover.training import make_trainer, training_examples
 from idp_peft.texts.chats import assistant_only
@@ -35,78 +37,93 @@ from idp_peft.texts.tokens import beginning
 logger = logging.getLogger(__name__)
 
 
-def recover(options, arguments: TrainingArguments) -> Path:
+def recover(
+    model: str, output_dir: str | Path | None = None, *, arguments: TrainingArguments | None = None, **keywords
+) -> Path:
     """Train an adapter that repairs a compressed model.
 
-    Everything that can be refused is refused before anything is written. A run that was interrupted, or killed, goes on
+        recover("small", "run", teacher="default", max_steps=300)
+
+    Everything that can be refused is refused before anything is written. A run that was interrupted, or killed, resumes
     from its last whole checkpoint when it is called again with the same settings, and ends with the same adapter. One
     process at a time works in a folder.
 
     Args:
-        options (`RecoverOptions`): model, method, data, objective (see `idp-peft recover --help`).
-        arguments (`TrainingArguments`): how to train; `output_dir` is the run's folder.
+        model (`str`): the compressed model: a folder, a `.gguf` file or a Hub id.
+        output_dir (`str`, *optional*): the run's folder. It is required where `arguments` are not given.
+        arguments (`TrainingArguments`, *optional*): how to train, in place of `output_dir` and single training arguments.
+        keywords: fields of [`RecoverSettings`] (`method`, `teacher`, `dataset`, ...) and of [`RecoverArguments`]
+            (`max_steps`, `learning_rate`, and all other training arguments).
 
     Returns:
         `Path`: the adapter's folder.
 
     Raises:
         `ValueError`, `FileNotFoundError`, `ImportError`: for settings, models or data that do not fit, saying which.
-        `KeyboardInterrupt`: where the run was stopped; calling again goes on.
+        `TypeError`: for an unknown keyword.
+        `KeyboardInterrupt`: where the run was stopped; the same call resumes it.
         `RuntimeError`: where training changed the base model (never expected).
     """
+    own = {field.name for field in dataclasses.fields(RecoverSettings)} & set(keywords)
+    settings = RecoverSettings(model, **{name: keywords.pop(name) for name in own})
+    if arguments is None:
+        arguments = RecoverArguments(output_dir=None if output_dir is None else str(output_dir), **keywords)
+    elif output_dir is not None or keywords:
+        given = ", ".join([*["output_dir"][: output_dir is not None], *keywords])
+        raise TypeError(f"recover() got `arguments` and, beside them, {given}: put these into `arguments`")
+    settings.check()
     if arguments.learning_rate is None:
-        arguments.learning_rate = LEARNING_RATES[options.method]
-    _check(options)
+        arguments.learning_rate = LEARNING_RATES[settings.method]
     with alone_in(Path(arguments.output_dir)) if arguments.process_index == 0 else contextlib.nullcontext():
-        return _run(options, arguments)
+        return _run(settings, arguments)
 
 
-def _run(options, arguments: TrainingArguments) -> Path:
-    folder = RunFolder(arguments.output_dir, options, arguments)
+def _run(settings, arguments: TrainingArguments) -> Path:
+    folder = RunFolder(arguments.output_dir, settings, arguments)
     if folder.is_complete:
         logger.info("%s is complete already", folder.path)
-        if arguments.push_to_hub and options.method == "idp":
+        if arguments.push_to_hub and settings.method == "idp":
             _push(folder, arguments)
         return folder.adapter
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = load_tokenizer(settings.model)
     tokens = set(tokenizer.get_vocab().values())
-    if options.teacher is not None:
-        tokens &= _check_same_tokens(tokenizer, load_tokenizer(options.teacher))
-    train, held = ([], []) if options.dataset == "self" else _blocks(options, arguments, tokenizer)
+    if settings.teacher is not None:
+        tokens &= _check_same_tokens(tokenizer, load_tokenizer(settings.teacher))
+    train, held = ([], []) if settings.dataset == "self" else _blocks(settings, arguments, tokenizer)
 
-    model = load_model(options.model, for_training=True)
-    teacher = load_model(options.teacher) if options.teacher is not None else None
+    model = load_model(settings.model, for_training=True)
+    teacher = load_model(settings.teacher) if settings.teacher is not None else None
     tokens.intersection_update(
         *(range(one.config.get_text_config().vocab_size) for one in (model, teacher) if one is not None)
     )
-    _check_known([*train, *held], tokens, tokenizer, options.dataset)
+    _check_known([*train, *held], tokens, tokenizer, settings.dataset)
     probe = probe_gradients(model)
-    logger.info("%s: %s", options.model, probe)
+    logger.info("%s: %s", settings.model, probe)
     if probe.verdict != "trainable":
-        raise ValueError(f"`model` {options.model!r} cannot be trained through: {probe}")
+        raise ValueError(f"`model` {settings.model!r} cannot be trained through: {probe}")
     before = fingerprint(model)
     folder.check_inputs(model=before, teacher=None if teacher is None else fingerprint(teacher))
 
     folder.write("running", environment=environment(), gradient_probe=str(probe), base_sha256=before)
-    if options.dataset == "self":
-        train, held = _sampled(options, arguments, teacher, tokenizer, tokens, folder)
+    if settings.dataset == "self":
+        train, held = _sampled(settings, arguments, teacher, tokenizer, tokens, folder)
     folder.check_inputs(dataset=hashlib.sha256(repr([train, held]).encode()).hexdigest())
     folder.write("running")
-    model = _with_adapter(model, tokenizer, train, options, arguments, teacher)
+    model = _with_adapter(model, tokenizer, train, settings, arguments, teacher)
     stop = StopAtSignal()
-    trainer = _trainer(model, teacher, train, held, options, arguments, [stop, MarkWhole()])
+    trainer = _trainer(model, teacher, train, held, settings, arguments, [stop, MarkWhole()])
     checkpoint = _checkpoint(folder, arguments)
     with stop:
         trainer.train(resume_from_checkpoint=checkpoint)
     if stop.asked and trainer.state.global_step < trainer.state.max_steps:
-        folder.write("interrupted", training=_training_record(trainer, model, options))
+        folder.write("interrupted", training=_training_record(trainer, model, settings))
         raise KeyboardInterrupt("run the same command again to go on")
     if fingerprint(model) != before:
         raise RuntimeError("training changed the base model's weights: the adapter is not saved")
     _save(model, folder.adapter)
     written = digests(folder.adapter, "adapter_*")
-    folder.write("complete", training=_training_record(trainer, model, options), adapter=written)
-    if arguments.push_to_hub and options.method == "idp":
+    folder.write("complete", training=_training_record(trainer, model, settings), adapter=written)
+    if arguments.push_to_hub and settings.method == "idp":
         _push(folder, arguments)
     elif arguments.push_to_hub:
         trainer.push_to_hub()
@@ -122,20 +139,6 @@ def _checkpoint(folder: RunFolder, arguments: TrainingArguments) -> str | None:
             "on from the last one that is"
         )
     return named or folder.last_checkpoint
-
-
-def _check(options) -> None:
-    if options.dataset == "self" and options.teacher is None:
-        raise ValueError("`dataset` 'self' needs `teacher`: the model that the text is sampled from")
-    if options.dataset == "self" and options.assistant_only_loss:
-        raise ValueError("`assistant_only_loss` needs chats, and `dataset` 'self' is text: leave it out")
-    if not 1 <= options.context_tokens < options.block_tokens:
-        raise ValueError(
-            f"`context_tokens` must be from 1 to block_tokens - 1 = {options.block_tokens - 1}, got {options.context_tokens}"
-        )
-    if not 0 < options.eval_share < 1:
-        raise ValueError(f"`eval_share` must be between 0 and 1, got {options.eval_share}")
-    check_distillation(options.distillation_weight, options.temperature)
 
 
 def _check_same_tokens(tokenizer, other) -> set[int]:
@@ -162,76 +165,76 @@ def _check_known(blocks: list[Block], tokens: set[int], tokenizer, dataset: str)
         )
 
 
-def _blocks(options, arguments: TrainingArguments, tokenizer) -> tuple[list[Block], list[Block]]:
+def _blocks(settings, arguments: TrainingArguments, tokenizer) -> tuple[list[Block], list[Block]]:
     """Blocks to train on, and those kept for Trainer's evaluation (none unless it evaluates)."""
-    texts = load_texts(options.dataset, options.dataset_split, options.text_column, options.dataset_config)
-    texts = assistant_only(texts) if options.assistant_only_loss else texts
-    kept = _kept(len(texts), options, arguments)
+    texts = load_texts(settings.dataset, settings.dataset_split, settings.text_column, settings.dataset_config)
+    texts = assistant_only(texts) if settings.assistant_only_loss else texts
+    kept = _kept(len(texts), settings, arguments)
     train, held = (
-        blocks(tokenizer, part, options.block_tokens, options.min_tokens)
+        blocks(tokenizer, part, settings.block_tokens, settings.min_tokens)
         for part in (texts[: len(texts) - kept], texts[len(texts) - kept :])
     )
     if not train:
         raise ValueError(
-            f"`dataset` {options.dataset!r} has no document of `min_tokens`={options.min_tokens} tokens to train on (of chats: "
-            f"none with something to predict in its first `block_tokens`={options.block_tokens})"
+            f"`dataset` {settings.dataset!r} has no document of `min_tokens`={settings.min_tokens} tokens to train on (of chats: "
+            f"none with something to predict in its first `block_tokens`={settings.block_tokens})"
         )
-    logger.info("%d training blocks of at most %d tokens", len(train), options.block_tokens)
+    logger.info("%d training blocks of at most %d tokens", len(train), settings.block_tokens)
     return train, held
 
 
-def _kept(count: int, options, arguments: TrainingArguments) -> int:
-    return max(1, round(options.eval_share * count)) if str(arguments.eval_strategy.value) != "no" else 0
+def _kept(count: int, settings, arguments: TrainingArguments) -> int:
+    return max(1, round(settings.eval_share * count)) if str(arguments.eval_strategy.value) != "no" else 0
 
 
-def _sampled(options, arguments, teacher, tokenizer, tokens: set[int], folder: RunFolder):
+def _sampled(settings, arguments, teacher, tokenizer, tokens: set[int], folder: RunFolder):
     file = folder.path / "self_text.jsonl"
     sampled = sample_blocks(
-        teacher, tokenizer, tokens, options.self_samples, options.block_tokens, arguments.seed, file
+        teacher, tokenizer, tokens, settings.self_samples, settings.block_tokens, arguments.seed, file
     )
     front = len(beginning(tokenizer))
-    long_enough = [Block(ids, front=front) for ids in sampled if len(ids) >= max(2, options.min_tokens)]
-    kept = _kept(len(long_enough), options, arguments)
+    long_enough = [Block(ids, front=front) for ids in sampled if len(ids) >= max(2, settings.min_tokens)]
+    kept = _kept(len(long_enough), settings, arguments)
     if len(long_enough) <= kept:
         raise ValueError(
-            f"`dataset` 'self': of {len(sampled)} texts that `teacher` {options.teacher!r} wrote, {len(long_enough)} have "
-            f"`min_tokens`={options.min_tokens} tokens, which leaves none to train on: give more `self_samples`, or lower "
+            f"`dataset` 'self': of {len(sampled)} texts that `teacher` {settings.teacher!r} wrote, {len(long_enough)} have "
+            f"`min_tokens`={settings.min_tokens} tokens, which leaves none to train on: give more `self_samples`, or lower "
             "`min_tokens`"
         )
     return long_enough[: len(long_enough) - kept], long_enough[len(long_enough) - kept :]
 
 
-def _with_adapter(model, tokenizer, train: list[Block], options, arguments: TrainingArguments, teacher) -> PeftModel:
+def _with_adapter(model, tokenizer, train: list[Block], settings, arguments: TrainingArguments, teacher) -> PeftModel:
     set_seed(arguments.seed)  # the prompts' start depends on the seed alone
-    model = with_adapter(model, tokenizer, starting_texts(train), options, teacher)
+    model = with_adapter(model, tokenizer, starting_texts(train), settings, teacher)
     logger.info("%d trainable parameters", model.get_nb_trainable_parameters()[0])
     return model
 
 
-def _trainer(model, teacher, train, held, options, arguments: TrainingArguments, callbacks):
+def _trainer(model, teacher, train, held, settings, arguments: TrainingArguments, callbacks):
     arguments.remove_unused_columns = False  # the collator knows its columns
     with accepted_by_trainer(model):
         return make_trainer(
             model,
             arguments,
-            training_examples(train, options.context_tokens),
-            training_examples(held, options.context_tokens) or None,
+            training_examples(train, settings.context_tokens),
+            training_examples(held, settings.context_tokens) or None,
             teacher,
-            options.distillation_weight,
-            options.temperature,
+            settings.distillation_weight,
+            settings.temperature,
             callbacks,
         )
 
 
-def _training_record(trainer: transformers.Trainer, model: PeftModel, options) -> dict:
+def _training_record(trainer: transformers.Trainer, model: PeftModel, settings) -> dict:
     """What a report shows of the training."""
     return {
-        "method": options.method,
-        "objective": "distillation" if options.teacher is not None else "language modelling",
+        "method": settings.method,
+        "objective": "distillation" if settings.teacher is not None else "language modelling",
         "steps": trainer.state.global_step,
         "learning_rate": trainer.args.learning_rate,
         "seed": trainer.args.seed,
-        "dataset": options.dataset,
+        "dataset": settings.dataset,
         "trainable_parameters": model.get_nb_trainable_parameters()[0],
         "history": trainer.state.log_history,
     }

@@ -52,17 +52,17 @@ class RunFolder:
 
     Args:
         path (`str` or `Path`): the run's `output_dir`.
-        options (`RecoverOptions`): what was asked for.
+        settings (`RecoverSettings`): what was asked for.
         arguments (`TrainingArguments`): how to train.
 
     Raises:
         `ValueError`: where the folder holds a run with other settings, or files that are not a run's.
     """
 
-    def __init__(self, path: str | Path, options, arguments: TrainingArguments) -> None:
+    def __init__(self, path: str | Path, settings, arguments: TrainingArguments) -> None:
         self.path = Path(path)
         self.settings = {
-            **dataclasses.asdict(options),
+            **dataclasses.asdict(settings),
             **{name: _plain(getattr(arguments, name)) for name in _DECISIVE if hasattr(arguments, name)},
         }
         self.record: dict = {"format": 1, "status": "new", "settings": self.settings}
@@ -71,7 +71,7 @@ class RunFolder:
                 half_written.unlink()  # by a run that was killed
         if self.file.is_file():
             self.record = self._read()
-            self._check_same(options)
+            self._check_same(settings)
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ValueError(f"`output_dir` {str(self.path)!r} must be new, empty or a run to go on with")
 
@@ -108,7 +108,7 @@ class RunFolder:
         """Refuse to go on with a run whose model, teacher or text is no longer the one that it began with.
 
         Args:
-            digests (`str`, *optional*): a digest of each, by its name in the options.
+            digests (`str`, *optional*): a digest of each, by its name in the settings.
 
         Raises:
             `ValueError`: naming what changed.
@@ -141,9 +141,9 @@ class RunFolder:
             record["inputs"] = {}
         return record
 
-    def _check_same(self, options) -> None:
+    def _check_same(self, settings) -> None:
         # An option that did not exist then had no other value than its default.
-        defaults = {field.name: field.default for field in dataclasses.fields(options)}
+        defaults = {field.name: field.default for field in dataclasses.fields(settings)}
         before = defaults | self.record["settings"]
         names = [name for name in {**before, **self.settings} if before.get(name) != self.settings.get(name)]
         if names:

@@ -1,0 +1,83 @@
+"""What a repair is made of: the model, the method, the data and the objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from idp_peft.recover.distillation import check_distillation
+from idp_peft.recover.methods import METHODS
+
+
+@dataclass
+class RecoverSettings:
+    """Everything that `recover` is told beside `TrainingArguments`.
+
+    Args:
+        model (`str`): the compressed model: a folder, a `.gguf` file or a Hub id (`"default"`: a dense one).
+        method (`str`, defaults to `"idp"`): what is trained: `"idp"`, or one of PEFT's own methods as a baseline
+            (`"prompt_tuning"`, `"prefix_tuning"`, `"lora"`).
+        teacher (`str`, *optional*): the dense model to distil from. Without one, the objective is language modelling.
+        distillation_weight (`float`, defaults to `1.0`): the share of the distillation loss; the rest is language modelling.
+        temperature (`float`, defaults to `1.0`): of the distillation loss.
+        dataset (`str`, defaults to `"wiki"`): what [`load_texts`] takes, or `"self"`: text that the teacher writes.
+        dataset_split (`str`), dataset_config (`str`, *optional*), text_column (`str`): as in [`load_texts`].
+        assistant_only_loss (`bool`, defaults to `False`): predict the assistant's turns of a chat alone.
+        eval_share (`float`, defaults to `0.05`): the share of the documents kept for Trainer's evaluation, where it evaluates.
+        block_tokens (`int`, defaults to `256`): tokens of a training example.
+        context_tokens (`int`, defaults to `64`): tokens in front of an example that choose its prompt and are not predicted
+            (of a completion: its prompt).
+        min_tokens (`int`, defaults to `32`): texts with fewer tokens are left out; chats are not.
+        self_samples (`int`, defaults to `256`): texts that the teacher writes for `dataset="self"`.
+        num_prompts (`int`), num_virtual_tokens (`int`), selection (`str`), selection_layer (`int`),
+            selection_reduction (`str`), assignment (`str`): as in [`IDPConfig`].
+        init (`str`, defaults to `"corpus"`): how prompts start: `"vocab"`, `"random"`, or the openings of training texts
+            (prefix tuning: the teacher's keys and values of them, where there is a teacher).
+        match_budget (`bool`, defaults to `False`): give a baseline the size nearest to the bank's parameter count.
+        lora_rank (`int`, defaults to `16`), lora_target_modules (`str`, defaults to `"all-linear"`): of LoRA without
+            `match_budget`.
+    """
+
+    model: str
+    method: str = "idp"
+    teacher: str | None = None
+    distillation_weight: float = 1.0
+    temperature: float = 1.0
+    dataset: str = "wiki"
+    dataset_split: str = "train"
+    dataset_config: str | None = None
+    text_column: str = "text"
+    assistant_only_loss: bool = False
+    eval_share: float = 0.05
+    block_tokens: int = 256
+    context_tokens: int = 64
+    min_tokens: int = 32
+    self_samples: int = 256
+    num_prompts: int = 4
+    num_virtual_tokens: int = 32
+    selection: str = "attention"
+    selection_layer: int = 0
+    selection_reduction: str = "mean"
+    assignment: str = "selected"
+    init: str = "corpus"
+    match_budget: bool = False
+    lora_rank: int = 16
+    lora_target_modules: str | list[str] = "all-linear"
+
+    def check(self) -> None:
+        """
+        Raises:
+            `ValueError`: naming the setting, the rule and the value received.
+        """
+        if self.method not in METHODS:
+            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.dataset == "self" and self.teacher is None:
+            raise ValueError("`dataset` 'self' needs `teacher`: the model that the text is sampled from")
+        if self.dataset == "self" and self.assistant_only_loss:
+            raise ValueError("`assistant_only_loss` needs chats, and `dataset` 'self' is text: leave it out")
+        if not 1 <= self.context_tokens < self.block_tokens:
+            raise ValueError(
+                f"`context_tokens` must be from 1 to block_tokens - 1 = {self.block_tokens - 1}, got {self.context_tokens}"
+            )
+        if not 0 < self.eval_share < 1:
+            raise ValueError(f"`eval_share` must be between 0 and 1, got {self.eval_share}")
+        check_distillation(self.distillation_weight, self.temperature)
