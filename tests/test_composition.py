@@ -28,7 +28,7 @@ from tests.reference import bank_of, concatenated_logits, looks_up_in_layers, pl
 from tests.tiny import CHANGING_ROTARY, LEARNED_POSITIONS, NAMES, tiny, token_batch
 
 ROOT = Path(__file__).parent.parent
-TOLERANCE = 1e-4  # fp32, DESIGN.md promise 1
+TOLERANCE = 1e-4  # fp32, docs/method.md, promise 1
 METHODS = {
     "prompt_tuning": (PromptTuningConfig, {}),
     "mlp": (PromptEncoderConfig, {"encoder_hidden_size": 16}),

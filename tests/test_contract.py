@@ -12,7 +12,7 @@ from tests.tiny import CHANGING_ROTARY, LEARNED_POSITIONS, NAMES, VOCAB, tiny, t
 
 EQUAL, UNEQUAL = [4, 4, 4, 4], [3, 5, 2, 5]
 BANKS = {"one": [4], "equal": EQUAL, "unequal": UNEQUAL}
-TOLERANCE = 1e-4  # fp32, DESIGN.md promise 1
+TOLERANCE = 1e-4  # fp32, docs/method.md, promise 1
 
 architectures = pytest.mark.parametrize("name", NAMES)
 attentions = pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -18,7 +18,7 @@ from tests.reference import bank_of, concatenated_logits
 from tests.tiny import tiny, token_batch
 
 NAMES = ["arc", "boolq", "piqa", "wic"]
-TOLERANCE = 1e-4  # fp32, DESIGN.md promise 1
+TOLERANCE = 1e-4  # fp32, docs/method.md, promise 1
 UNEQUAL = [3, 5, 2, 5]
 named = {"prompt_names": NAMES, "num_virtual_tokens": UNEQUAL}
 

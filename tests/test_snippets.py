@@ -19,7 +19,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import idp_peft
 from idp_peft import IDPConfig
@@ -63,23 +63,29 @@ def adapter(folder: Path, base: str = "base", **config) -> PeftModel:
 
 
 def readme():
-    model = adapter(Path("unused"))
-    rows = [{"input_ids": torch.arange(2, 20), "labels": torch.arange(2, 20)}] * 8
-    arguments = TrainingArguments("run", max_steps=2, use_cpu=True, report_to="none", save_strategy="no")
-    yield {"base": model.unload(), "args": arguments, "Trainer": Trainer, "data": rows}
-    names = yield
-    tokenizer, model, out = names["tok"], names["model"], names["out"]
-    assert Path("adapter/adapter_model.safetensors").is_file()
-    texts = re.findall(r'"([^"]+)"', re.search(r"tok\(\[(.*?)\]", "".join(blocks(PAGES[0]))).group(1))
-    assert len(texts) == len(out) == len(model.last_selection.prompt_ids) == 2
-    chosen, width = model.last_selection.prompt_ids.tolist(), tokenizer(texts, padding=True, return_tensors="pt")
-    for text, row, prompt in zip(texts, out[:, width["input_ids"].shape[1] :].tolist(), chosen, strict=True):
-        batch = tokenizer(text, return_tensors="pt")
-        alone = model.generate(**batch)[0, batch["input_ids"].shape[1] :].tolist()
-        assert model.last_selection.prompt_ids.tolist() == [prompt]
-        both = min(len(row), len(alone))
-        assert both >= 3
-        assert row[:both] == alone[:both]
+    adapter(Path("unused"))
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (AutoModelForCausalLM, AutoTokenizer):  # the Hub's model is the tiny one
+            real = kind.from_pretrained
+
+            def from_base(name, *args, real=real, **kwargs):
+                return real("base" if str(name).startswith("HuggingFaceTB/") else name, *args, **kwargs)
+
+            patch.setattr(kind, "from_pretrained", from_base)
+        yield {}
+        names = yield
+        tokenizer, model, answers, batch = (names[name] for name in ("tokenizer", "model", "answers", "batch"))
+        assert Path("adapter/adapter_model.safetensors").is_file()
+        width, found = batch["input_ids"].shape[1], []
+        for row, mask, answer in zip(batch["input_ids"], batch["attention_mask"], answers[:, :], strict=True):
+            alone = model.generate(row[mask.bool()][None], max_new_tokens=8)[0, int(mask.sum()) :].tolist()
+            both = min(len(alone), len(answer) - width)
+            assert both >= 3
+            assert answer[width : width + both].tolist() == alone[:both]
+            found.append(int(model.last_selection.prompt_ids))
+        model.generate(**batch, max_new_tokens=1)
+        assert model.last_selection.prompt_ids.tolist() == found
+        assert tokenizer.padding_side == "left"
 
 
 def loading():

@@ -15,7 +15,7 @@ from idp_peft.hosting.architectures import cache_name, find_decoder, forward_par
 from tests.reference import bank_of, prompts_of
 from tests.tiny import token_batch
 
-TOLERANCE = 1e-4  # fp32, DESIGN.md promise 1
+TOLERANCE = 1e-4  # fp32, docs/method.md, promise 1
 ROWS = [5, 9, 2]  # tokens of the rows of a batch
 # Their eager attention reports its weights before it scales them by the sink's share, so they are not what a choice reads.
 REPORTS_OTHER_WEIGHTS = ("GraniteSWAForCausalLM", "GraniteMoeSWAForCausalLM")
