@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import re
 from pathlib import Path
@@ -18,6 +17,7 @@ from benchmarks.biographies import cells, compressing, leaks, memorise, plan, re
 from benchmarks.biographies.people import GROUPS, VALUES, people
 from benchmarks.biographies.text import PER_FACT, TEMPLATES, biographies, question
 from benchmarks.biographies.tokenizer import make_tokenizer
+from benchmarks.common.cells import Cells, all_cells
 from idp_peft.recover.methods import nearest_lora
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "biographies"
@@ -182,12 +182,12 @@ def test_a_cell_is_measured_once_and_refuses_other_settings(tmp_path):
         calls.append(1)
         return {"recall": {"held-out": 0.5}, "people": {"A B": {"group": "held-out"}, "C D": {"group": "held-out"}}}
 
-    path = tmp_path / "seed-0" / "cell.json"
-    first = cells.cell(path, {"seed": 0}, measure)
-    assert cells.cell(path, {"seed": 0}, measure) == first == json.loads(path.read_text())
+    of_one = Cells(tmp_path, "seed-0/dense")
+    first = cells.cell(of_one, "base", {"seed": 0}, measure)
+    assert cells.cell(of_one, "base", {"seed": 0}, measure) == first == of_one.read()["base"]
     assert len(calls) == 1
     with pytest.raises(ValueError, match="holds a result of other settings"):
-        cells.cell(path, {"seed": 1}, measure)
+        cells.cell(of_one, "base", {"seed": 1}, measure)
 
 
 def test_a_cell_that_fails_leaves_no_file(tmp_path):
@@ -195,7 +195,7 @@ def test_a_cell_that_fails_leaves_no_file(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cells.cell(tmp_path / "cell.json", {}, fail)
+        cells.cell(Cells(tmp_path, "cell"), "base", {}, fail)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -233,7 +233,7 @@ def test_a_repair_changes_answers_and_leaves_the_base_as_it_was(few, monkeypatch
         assert found["training"]["base_sha256"] == fingerprint(load_model(str(few.model(plan.DENSE))))
         assert found["people"] != dense["people"]
         assert found["people"].keys() == dense["people"].keys()
-    assert len(list((few.results / "seed-0" / "dense").glob("*.json"))) == 1 + len(repair.METHODS)
+    assert len(Cells(few.results, "seed-0/dense").read()) == 1 + len(repair.METHODS)
 
     def careless(model, *_):
         model.get_base_model().lm_head.weight.data[3] += 1
@@ -314,10 +314,10 @@ def test_the_learning_rate_taken_is_the_best_of_the_validation_people_over_all_s
     ]:
         settings = {"strength": strength, "method": "idp", "objective": "distillation", "learning_rate": rate}
         content = {"settings": settings, "recall": {"validation": validation, "repaired-on": repaired}}
-        cells.write(tmp_path / "tuning" / f"seed-{tuning.PILOT_SEED}" / strength / f"{rate}.json", content)
+        Cells(tmp_path / "tuning", f"seed-{tuning.PILOT_SEED}/{strength}").add(f"{rate}", content)
     settings |= {"learning_rate": 3, "steps": 800}
     content = {"settings": settings, "recall": {"validation": 1.0, "repaired-on": 1.0}}
-    cells.write(tmp_path / "tuning" / f"seed-{tuning.PILOT_SEED}" / "a" / "longer.json", content)
+    Cells(tmp_path / "tuning", f"seed-{tuning.PILOT_SEED}/a").add("longer", content)
     assert tuning.chosen(tmp_path) == {("idp", "distillation"): 2}, "more steps are no way to choose a learning rate"
 
 
@@ -336,13 +336,13 @@ def write_made_up(folder: Path, seeds=(0, 1)) -> None:
             people_of = {f"{group} {i}": made_up_entry(group, count) for group in GROUPS for i in range(9)}
             content = {"settings": {"seed": seed, **settings}, "environment": environment, "people": people_of}
             content |= {"seconds": 60, "processor_seconds": 30}
-            cells.write(folder / f"seed-{seed}" / strength / f"{method or 'base'}.json", content)
+            Cells(folder, f"seed-{seed}/{strength}").add(method or "base", content)
         recalls = dict.fromkeys(tuning.MEASURED, count / 5)
         trial = {"settings": {**settings, "learning_rate": method and 0.5}, "recall": recalls}
-        cells.write(folder / "tuning" / f"seed-{tuning.PILOT_SEED}" / strength / f"{method or 'base'}.json", trial)
+        Cells(folder / "tuning", f"seed-{tuning.PILOT_SEED}/{strength}").add(method or "base", trial)
         if (strength, method) == ("half", "idp"):
             longer = {"settings": {**trial["settings"], "steps": 800}, "recall": dict.fromkeys(tuning.MEASURED, 0.45)}
-            cells.write(folder / "tuning" / f"seed-{tuning.PILOT_SEED}" / strength / "longer.json", longer)
+            Cells(folder / "tuning", f"seed-{tuning.PILOT_SEED}/{strength}").add("longer", longer)
 
 
 def made_up_entry(group: str, count: int) -> dict:
@@ -372,7 +372,10 @@ def test_the_report_says_what_the_files_hold(tmp_path):
 
 def test_a_seed_that_is_not_over_is_left_out(tmp_path):
     write_made_up(tmp_path)
-    (tmp_path / "seed-1" / "half" / "idp.json").unlink()
+    half = Cells(tmp_path, "seed-1/half")
+    lines = [line for line in half.path.read_text().splitlines(keepends=True) if '"name":"idp"' not in line]
+    half.path.write_text("".join(lines))
+    assert set(half.read()) == {"base", "lora-rank-16"}
     assert tables.Report(tmp_path).seeds == [0]
 
 
@@ -406,8 +409,9 @@ def test_the_sizes_of_the_readme_are_those_trained():
     """And the LoRA of the same size is the one that it describes."""
     readme = " ".join((FOLDER / "README.md").read_text().split())
     sizes = {}
-    for path in (FOLDER / "results").glob("seed-*/*/*-language-modelling.json"):
-        content = json.loads(path.read_text())
+    for _, name, content in all_cells(FOLDER / "results", "seed-*/*.jsonl"):
+        if not name.endswith("-language-modelling"):
+            continue
         sizes.setdefault(content["settings"]["method"], set()).add(content["training"]["trainable_parameters"])
     (size,), (larger,) = sizes["idp"], sizes["lora-rank-16"]
     assert sizes["one-prompt"] == sizes["lora-same-size"] == {size}
@@ -421,8 +425,8 @@ def test_the_sizes_of_the_readme_are_those_trained():
 
 def test_every_learning_rate_of_the_results_is_the_one_the_pilot_chose():
     rates, seen = tuning.chosen(FOLDER / "results"), 0
-    for path in (FOLDER / "results").glob("seed-*/*/*.json"):
-        settings = json.loads(path.read_text())["settings"]
+    for path, _, content in all_cells(FOLDER / "results", "seed-*/*.jsonl"):
+        settings = content["settings"]
         assert settings["seed"] != tuning.PILOT_SEED
         if settings["method"]:
             assert settings["learning_rate"] == rates[settings["method"], settings["objective"]], path

@@ -353,3 +353,17 @@ def _raises(error: Exception):
         raise error
 
     return save
+
+
+def test_the_table_of_the_readme_is_the_one_of_the_result_files():
+    from benchmarks.faults import __main__ as faults
+
+    folder = Path(faults.__file__).parent
+    files = [faults.RESULTS / f"{name}.json" for name in faults.WHAT]
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    found = faults.table(files)
+    assert f"<!-- runs: begin -->\n{found}<!-- runs: end -->" in readme
+    assert all(line.endswith("| 0 |") for line in found.splitlines()[2:])  # nothing lost
+    signals = [moment for one in json.loads(files[0].read_text())["tries"] for moment in one["moments"]]
+    killed = sum(moment["killed"] for moment in signals)
+    assert f"Of the {len(signals)} signals of `kills`, {killed} reached a process that still ran." in readme

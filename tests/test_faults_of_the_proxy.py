@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("starlette", reason="the proxy's web framework is in the extra 'serving'")
 pytest.importorskip("uvicorn", reason="the proxy's server is in the extra 'serving'")
 
+from benchmarks.common.markdown import marked
 from benchmarks.faults import proxy as faults
-from benchmarks.markdown import marked
 
 FOLDER = Path(faults.__file__).parent
 RESULT = json.loads((FOLDER / "results" / "proxy.json").read_text(encoding="utf-8"))

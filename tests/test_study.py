@@ -14,6 +14,7 @@ import yaml
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
+from benchmarks.common.cells import Cells, all_cells
 from benchmarks.study import __main__ as study
 from benchmarks.study import claims, measure, tables
 from benchmarks.study.cells import ATTENTION, LEAST_LOSS, Entry, read_entries, values
@@ -202,23 +203,25 @@ def tiny_matrix(tmp_path, monkeypatch, local):  # noqa: F811
 def test_the_matrix_runs_cell_by_cell_goes_on_where_it_was_and_makes_a_report(tiny_matrix, tmp_path):
     options = [str(tiny_matrix), "--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
     study.main([*options, "--only", "small/one_a"])
-    cells = sorted((tmp_path / "results" / "tiny").rglob("*.json"))
-    assert [str(cell.relative_to(tmp_path / "results" / "tiny")) for cell in cells] == [
-        "small/one_a.lm.seed0/local_piqa.json",
-        "small/one_a.lm.seed0/text_wiki.json",
-    ]
+    results = tmp_path / "results" / "tiny"
+    one_a = Cells(results, "small/one_a.lm.seed0")
+    assert [path.relative_to(results) for path in results.rglob("*.jsonl")] == [Path("small/one_a.lm.seed0.jsonl")]
+    assert list(one_a.read()) == ["text_wiki", "local_piqa"]
     trained = tmp_path / "runs/tiny/small/one_a.lm.seed0/adapter/adapter_model.safetensors"
-    before = {path: path.stat().st_mtime_ns for path in (cells[1], trained)}
-    cells[0].unlink()
+    before, kept = trained.stat().st_mtime_ns, one_a.path.read_text().splitlines(keepends=True)[0]
+    one_a.path.write_text(kept + kept[: len(kept) // 2])  # as a process leaves it that is killed while it writes
     study.main(options)
-    assert {path: path.stat().st_mtime_ns for path in before} == before  # neither trained nor measured again
+    assert trained.stat().st_mtime_ns == before  # neither trained nor measured again
+    assert one_a.path.read_text().startswith(kept)
+    assert list(one_a.read()) == ["text_wiki", "local_piqa"]
     matrix = Matrix(tiny_matrix)
-    expected = {one.path / f"{name}.json" for one in matrix.contenders for name in matrix.measures(one)}
-    assert {
-        path.relative_to(tmp_path / "results/tiny") for path in (tmp_path / "results/tiny").rglob("*.json")
-    } == expected
-    assert Path("small/idp.distillation.seed1/local_piqa.json") not in expected  # tasks are for seed 0
-    cell = json.loads((tmp_path / "results/tiny/small/idp.distillation.seed1/text_wiki.json").read_text())
+    expected = {(one.path, name) for one in matrix.contenders for name in matrix.measures(one)}
+    assert {(contender, name) for contender, name, _ in all_cells(results)} == expected
+    assert (Path("small/idp.distillation.seed1"), "local_piqa") not in expected  # tasks are for seed 0
+    shared = json.loads((results / "run.json").read_text())["shared"]
+    assert len(shared) < len(expected)  # an environment stands there once
+    cell = Cells(results, "small/idp.distillation.seed1").read()["text_wiki"]
+    assert cell["environment"]["torch"] == torch.__version__
     assert cell["cell"] == {
         "base": matrix.base,
         "compression": "small",
@@ -233,7 +236,7 @@ def test_the_matrix_runs_cell_by_cell_goes_on_where_it_was_and_makes_a_report(ti
 
     # A composed bank is its parts: forced to prompt i, what prompt i gave alone.
     def of(name):
-        return json.loads((tmp_path / f"results/tiny/small/{name}.lm.seed0/text_wiki.json").read_text())["items"]
+        return Cells(results, f"small/{name}.lm.seed0").read()["text_wiki"]["items"]
 
     for composed, a, b in zip(of("composed"), of("one_a"), of("one_b"), strict=True):
         assert composed["by_prompt"]["nats"] == pytest.approx([a["nats"], b["nats"]], rel=1e-5)
@@ -247,12 +250,7 @@ def test_the_matrix_runs_cell_by_cell_goes_on_where_it_was_and_makes_a_report(ti
     statistics = json.loads((tmp_path / "results/tiny/statistics.json").read_text())
     means = statistics["small"]["text wiki"]["means"]
     nats = [
-        sum(
-            i["nats"]
-            for i in json.loads((tmp_path / f"results/tiny/small/idp.distillation.seed{s}/text_wiki.json").read_text())[
-                "items"
-            ]
-        )
+        sum(i["nats"] for i in Cells(results, f"small/idp.distillation.seed{s}").read()["text_wiki"]["items"])
         for s in (0, 1)
     ]
     assert means["IDP, 2 x 3, distillation"]["value"] == pytest.approx(sum(nats) / 2 / (6 * 16))
@@ -356,10 +354,8 @@ def test_models_measured_on_other_items_are_not_compared():
 def test_cells_of_other_settings_are_refused(tiny_matrix, tmp_path):
     matrix = Matrix(tiny_matrix)
     cell = {"evaluation": {**SETTINGS, "limit": 7}, "items": []}
-    folder = tmp_path / "results" / "tiny" / "none" / "dense"
-    folder.mkdir(parents=True)
-    (folder / "text_wiki.json").write_text(json.dumps(cell))
-    with pytest.raises(ValueError, match=r"text_wiki.json was measured with .*'limit': 7.*, not .*'limit': 5"):
+    Cells(tmp_path / "results" / "tiny", "none/dense").add("text_wiki", cell)
+    with pytest.raises(ValueError, match=r"text_wiki of .* was measured with .*'limit': 7.*, not .*'limit': 5"):
         read_entries(matrix, tmp_path / "results", "small")
 
 

@@ -1,34 +1,33 @@
-"""One measurement, one JSON file: written whole or not at all, and never made twice."""
+"""One measurement of a model: never made twice."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-from idp_peft.files.whole_file import write_whole
+from benchmarks.common.cells import Cells
 
 FORMAT = 1
 
 
-def cell(path: Path, settings: dict, measure: Callable[[], dict]) -> dict:
+def cell(cells: Cells, name: str, settings: dict, measure: Callable[[], dict]) -> dict:
     """The content of a cell, from its file or by measuring it now.
 
     Args:
-        path (`Path`): where the cell is kept.
+        cells (`Cells`): the model's.
+        name (`str`): the cell's.
         settings (`dict`): what decides the result.
-        measure (`Callable`): makes the rest of the content; not called where the file is there.
+        measure (`Callable`): makes the rest of the content; not called where the cell is there.
 
     Raises:
-        `ValueError`: where the file holds a result of other settings.
+        `ValueError`: where the cell holds a result of other settings.
     """
-    if path.exists():
-        content = json.loads(path.read_text(encoding="utf-8"))
+    content = cells.read().get(name)
+    if content is not None:
         if content["settings"] != settings:
             raise ValueError(
-                f"{path} holds a result of other settings, {content['settings']} and not {settings}: remove it, or give "
-                "another --results"
+                f"{name} of {cells.path} holds a result of other settings, {content['settings']} and not {settings}: remove "
+                "it, or give another --results"
             )
         return content
     wall, processor = time.perf_counter(), time.process_time()
@@ -36,18 +35,5 @@ def cell(path: Path, settings: dict, measure: Callable[[], dict]) -> dict:
     # On a machine that is shared, the time on the processor is the one that means something.
     content["seconds"] = round(time.perf_counter() - wall, 1)
     content["processor_seconds"] = round(time.process_time() - processor, 1)
-    write(path, content)
+    cells.add(name, content)
     return content
-
-
-def write(path: Path, content: dict) -> None:
-    """JSON, one line per key of the top level and per person, moved into place when it is whole."""
-    parts = [f"{json.dumps(key)}: {_block(value)}" for key, value in content.items()]
-    write_whole(path, "{\n" + ",\n".join(parts) + "\n}\n")
-
-
-def _block(value) -> str:
-    if not (isinstance(value, dict) and value and all(isinstance(inner, dict) for inner in value.values())):
-        return json.dumps(value)
-    rows = [f" {json.dumps(key)}: {json.dumps(inner, separators=(',', ':'))}" for key, inner in value.items()]
-    return "{\n" + ",\n".join(rows) + "\n}"

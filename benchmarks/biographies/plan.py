@@ -10,9 +10,11 @@ from functools import cached_property
 from pathlib import Path
 
 from benchmarks.biographies import compressing, memorise, recall
-from benchmarks.biographies.cells import cell, write
+from benchmarks.biographies.cells import cell
 from benchmarks.biographies.people import Person, people
 from benchmarks.biographies.text import PER_FACT
+from benchmarks.common.cells import Cells
+from idp_peft.files.whole_file import write_whole
 
 DENSE = "dense"
 MEASURED = ("calibration", "repaired-on", "held-out", "unknown")
@@ -55,16 +57,17 @@ class Seed:
     def base(self, strength: str) -> dict:
         """The dense model or a compressed one: made where it is missing, then measured."""
         settings = {"seed": self.number, "strength": strength, "method": None}
-        return cell(
-            self.results / f"seed-{self.number}" / strength / "base.json", settings, lambda: self._base(strength)
-        )
+        return cell(self.cells(strength), "base", settings, lambda: self._base(strength))
+
+    def cells(self, strength: str) -> Cells:
+        return Cells(self.results, Path(f"seed-{self.number}", strength))
 
     def make(self, strength: str) -> dict:
         """Make the model where it is missing; what is known of its making, which lies beside it."""
         folder = self.model(strength)
         note = folder / "made.json"
         if not note.exists():
-            write(note, self._made(strength, folder))
+            write_whole(note, json.dumps(self._made(strength, folder), indent=1) + "\n")
         return json.loads(note.read_text(encoding="utf-8"))
 
     def _made(self, strength: str, folder: Path) -> dict:
@@ -95,8 +98,12 @@ class Seed:
             **({} if steps is None else {"steps": steps}),
         }
         name = name or f"{method}-{objective.replace(' ', '-')}"
-        path = self.results / f"seed-{self.number}" / strength / f"{name}.json"
-        return cell(path, settings, lambda: self._repaired(strength, method, objective, learning_rate, steps))
+        return cell(
+            self.cells(strength),
+            name,
+            settings,
+            lambda: self._repaired(strength, method, objective, learning_rate, steps),
+        )
 
     def _base(self, strength: str) -> dict:
         from idp_peft.models.loading import load_model

@@ -6,13 +6,13 @@ independent. Seeds are averaged: the intervals cover the luck of the people, not
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.common.cells import all_cells
 from idp_peft.report.bootstrap import Averaged, Means, Resampled
 from idp_peft.report.statistics import holm
 
@@ -29,7 +29,7 @@ RECALL = ("seen", "answer")  # template and column of `recall.measure`
 
 @dataclass(frozen=True)
 class Cell:
-    """One result file: which seed, which model, which repair of it (`None`: as it is), and everybody's answers."""
+    """One cell: which seed, which model, which repair of it (`None`: as it is), and everybody's answers."""
 
     seed: int
     strength: str
@@ -37,8 +37,7 @@ class Cell:
     people: dict[str, dict]
 
     @classmethod
-    def read(cls, path: Path) -> Cell:
-        content = json.loads(path.read_text(encoding="utf-8"))
+    def of(cls, content: dict) -> Cell:
         settings = content["settings"]
         repair = None if settings["method"] is None else (settings["method"], settings["objective"])
         return cls(settings["seed"], settings["strength"], repair, content["people"])
@@ -53,7 +52,7 @@ class Cell:
 
 def read_cells(folder: Path) -> list[Cell]:
     """Every cell of every seed below a folder of results, in the order of their names."""
-    return [Cell.read(path) for path in sorted(folder.glob("seed-*/*/*.json"))]
+    return [Cell.of(content) for _, _, content in all_cells(folder, "seed-*/*.jsonl")]
 
 
 def key(cell: Cell) -> tuple:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from benchmarks.biographies import tuning
@@ -11,7 +10,8 @@ from benchmarks.biographies.people import CHANCE
 from benchmarks.biographies.repair import STEPS
 from benchmarks.biographies.summary import DENSE, NAMES, Cell, Summary, comparisons, key, read_cells
 from benchmarks.biographies.tuning import chosen, pilot_damage, tried
-from benchmarks.markdown import head, row
+from benchmarks.common.cells import Cells, all_cells
+from benchmarks.common.markdown import head, row
 from idp_peft.report.formatting import number, p_value
 
 RESULTS = Path(__file__).parent / "results"
@@ -220,8 +220,7 @@ def _pilot_rows(folder: Path) -> list[str]:
 
 
 def _made_with(report: Report) -> str:
-    path = next(iter(sorted(report.folder.glob(f"seed-{report.seeds[0]}/dense/base.json"))))
-    environment = json.loads(path.read_text(encoding="utf-8"))["environment"]
+    environment = Cells(report.folder, f"seed-{report.seeds[0]}/{DENSE}").read()["base"]["environment"]
     return (
         f"Seeds {', '.join(map(str, report.seeds))}. {environment['processor']}, {environment['threads']} thread; torch "
         f"{environment['torch']}, transformers {environment['transformers']}, peft {environment['peft']}, llmcompressor "
@@ -231,8 +230,7 @@ def _made_with(report: Report) -> str:
 
 def _time(report: Report) -> str:
     """How long the seeds took: by the clock of a core that others used as well, and on the processor."""
-    paths = [path for seed in report.seeds for path in report.folder.glob(f"seed-{seed}/*/*.json")]
-    cells = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    cells = [cell for seed in report.seeds for _, _, cell in all_cells(report.folder, f"seed-{seed}/*.jsonl")]
     processor, clock = (sum(cell[name] for cell in cells) / 60 for name in ("processor_seconds", "seconds"))
     return f"{len(cells)} measurements took {processor:.0f} minutes on the processor, {clock:.0f} by the clock of a shared core."
 

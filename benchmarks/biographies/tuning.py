@@ -6,11 +6,11 @@ does not tell.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from benchmarks.biographies.compressing import STRENGTHS
 from benchmarks.biographies.plan import DENSE, Seed
+from benchmarks.common.cells import all_cells
 
 PILOT_SEED = 100
 MEASURED = ("repaired-on", "validation", "unknown")
@@ -64,11 +64,14 @@ def longer(results: Path) -> list[dict]:
 
 
 def _trials(results: Path) -> list[dict]:
-    folder = results / "tuning" / f"seed-{PILOT_SEED}"
-    contents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/*.json"))]
+    contents = [content for _, _, content in _cells(results)]
     return [
         {**content["settings"], "recall": content["recall"]} for content in contents if content["settings"]["method"]
     ]
+
+
+def _cells(results: Path):
+    return all_cells(results / "tuning", f"seed-{PILOT_SEED}/*.jsonl")
 
 
 def chosen(results: Path) -> dict[tuple[str, str], float]:
@@ -82,6 +85,5 @@ def chosen(results: Path) -> dict[tuple[str, str], float]:
 
 def pilot_damage(results: Path) -> dict[str, dict[str, float]]:
     """Strength -> recall of the pilot's groups, dense model included."""
-    folder = results / "tuning" / f"seed-{PILOT_SEED}"
-    bases = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/base.json"))]
+    bases = [content for _, name, content in _cells(results) if name == "base"]
     return {content["settings"]["strength"]: content["recall"] for content in bases}

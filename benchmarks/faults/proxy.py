@@ -271,7 +271,7 @@ def count_all(scale: float = 1.0, only: str | None = None, on_attack=lambda name
 
 
 def table(result: dict) -> list[str]:
-    from benchmarks.markdown import head, row
+    from benchmarks.common.markdown import head, row
 
     lines = head(["attack", "tried", SURVIVED, REFUSED, LOST])
     for name, counts in result["attacks"].items():

@@ -15,7 +15,7 @@ PARTS = ("requests", "prompts", "lengths", "compiled", "memory")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    from benchmarks.contestants import parse_with_common
+    from benchmarks.common.contestants import parse_with_common
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.latency", description=__doc__)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
@@ -31,7 +31,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def cases(options: argparse.Namespace) -> list[dict]:
     """What is measured, part by part: `{part, batch, tokens_in, tokens_out, contestants}`."""
-    from benchmarks.contestants import METHODS
+    from benchmarks.common.contestants import METHODS
 
     shape = {"tokens_out": options.tokens_out}
     bank = {"num_prompts": options.num_prompts, "num_virtual_tokens": options.num_virtual_tokens}
@@ -104,13 +104,13 @@ class Contestant:
 
     Args:
         compiled (`bool`): whether its decoder goes through `torch.compile`, with a static cache.
-        method: arguments of `benchmarks.contestants.with_method`.
+        method: arguments of `benchmarks.common.contestants.with_method`.
     """
 
     def __init__(self, base, compiled: bool = False, **method) -> None:
         import torch
 
-        from benchmarks.contestants import with_method
+        from benchmarks.common.contestants import with_method
 
         self.model, self.compiled = with_method(base, **method), compiled
         self.prompts = method.get("num_prompts") if method["method"] == "IDP" else None
@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     import transformers
 
-    from benchmarks.contestants import Record, load_base
+    from benchmarks.common.contestants import Record, load_base
     from benchmarks.latency.memory import measure_memory
     from benchmarks.latency.tables import write_tables
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 def measure_memory(options: argparse.Namespace, record) -> None:
     """Measure every contestant once per repetition (three of them), batch 8, 128 tokens in."""
-    from benchmarks.contestants import METHODS
+    from benchmarks.common.contestants import METHODS
 
     case = {"part": "memory", "batch": 8, "tokens_in": 128, "tokens_out": 8}
     for repetition in range(3):
@@ -46,7 +46,7 @@ def measure(
     import torch
     from peft import PeftModel
 
-    from benchmarks.contestants import PeakMemory, load_base, with_method
+    from benchmarks.common.contestants import PeakMemory, load_base, with_method
 
     model, found = load_base(base), {"adapter_bytes": 0, "load_seconds": 0.0}
     ids = torch.randint(10, model.config.vocab_size, (batch, tokens_in)).to(model.device)

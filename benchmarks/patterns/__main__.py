@@ -61,7 +61,7 @@ def load(options: argparse.Namespace) -> dict:
     """`reference`, `compressed`, the adapters and their controls; those on one base share its weights."""
     from peft import PeftModel
 
-    from benchmarks.contestants import sharing_weights
+    from benchmarks.common.contestants import sharing_weights
     from idp_peft.models.loading import load_model
 
     dense, base = load_model(options.dense), load_model(options.model)

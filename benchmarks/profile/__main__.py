@@ -42,7 +42,7 @@ def training_steps(base) -> dict:
 def first_tokens(base) -> dict:
     import torch
 
-    from benchmarks.contestants import with_method
+    from benchmarks.common.contestants import with_method
 
     found = {}
     asked = {
@@ -68,7 +68,7 @@ def hooks_per_token(tokens: int = 64, requests: int = 5) -> dict[str, float]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from benchmarks.contestants import with_method
+    from benchmarks.common.contestants import with_method
 
     torch.manual_seed(0)
     shape = dict(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4)
@@ -103,7 +103,7 @@ def main() -> None:
     options = parser.parse_args()
     import transformers
 
-    from benchmarks.contestants import load_base
+    from benchmarks.common.contestants import load_base
     from idp_peft.evaluation import environment
 
     transformers.utils.logging.set_verbosity_error()

@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.common.cells import Cells
+
 _HERE = Path(__file__).parent
 logger = logging.getLogger("benchmarks.study")
 
@@ -17,7 +19,9 @@ logger = logging.getLogger("benchmarks.study")
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
     parser.add_argument("config", type=Path, help="YAML: which cells, and how (configs/)")
-    parser.add_argument("--results", type=Path, default=_HERE / "results", help="one JSON per cell")
+    parser.add_argument(
+        "--results", type=Path, default=_HERE / "results", help="run.json, and one file of cells per contender"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="adapters and checkpoints")
     parser.add_argument("--only", default="", help="contenders whose path contains this, e.g. gptq-3bit/idp")
     parser.add_argument("--measure", default="", help="cells whose name contains this, e.g. text_ or arc")
@@ -33,27 +37,27 @@ def main(arguments: list[str] | None = None) -> None:
     for one in matrix.contenders:
         if options.only not in str(one.path):
             continue
-        folder = options.results / matrix.name / one.path
+        cells = Cells(options.results / matrix.name, one.path)
         wanted = [name for name in matrix.measures(one) if options.measure in name]
-        missing = [name for name in wanted if not (folder / f"{name}.json").is_file()]
+        done = cells.read()
+        missing = [name for name in wanted if name not in done]
         if options.list or not missing:
             logger.info("%-40s %d of %d cells", one.path, len(wanted) - len(missing), len(wanted))
         else:
             with _alone(options.runs / matrix.name / one.path) as alone:
                 if alone:
                     try:
-                        run(matrix, one, folder, missing, options.runs)
+                        run(matrix, one, cells, missing, options.runs)
                     except NotReady as reason:
                         logger.warning("%s", reason)
 
 
-def run(matrix, one, folder: Path, missing: list[str], runs: Path) -> None:
+def run(matrix, one, cells: Cells, missing: list[str], runs: Path) -> None:
     """Measure a contender's missing cells, each written as it is done."""
     import torch
 
     from benchmarks.study import contenders, measure
     from idp_peft.evaluation import environment
-    from idp_peft.evaluation.result_file import write
 
     began = time.time()
     adapter = contenders.prepare(matrix, one, runs)
@@ -77,7 +81,7 @@ def run(matrix, one, folder: Path, missing: list[str], runs: Path) -> None:
                 scores = measure.score_task(model, tokenizer, name, matrix.evaluation, matrix.wants_each_prompt(one))
         seconds = round(time.time() - started, 1)
         cell = {**about, "cell": {**about["cell"], "task": name}, "seconds": seconds, **scores}
-        write(folder / f"{name}.json", cell)
+        cells.add(name, cell)
         logger.info("%s %s: %.1f s", one.path, name, seconds)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.common.cells import Cells
 from benchmarks.study.matrix import COMPOSED, Contender, Matrix
 from idp_peft.report.choices import ORACLE, RANDOM, SINGLE, other_uses
 
@@ -63,14 +63,14 @@ def read_entries(matrix: Matrix, results: Path, compression: str) -> list[Entry]
     for one in matrix.contenders:
         if one.compression != compression and one.path != Path("none", "dense"):
             continue
-        found = {}
+        cells, found = Cells(results / matrix.name, one.path), {}
+        measured = cells.read()
         for measure in matrix.measures(one):
-            file = results / matrix.name / one.path / f"{measure}.json"
-            if file.is_file():
-                found[measure] = json.loads(file.read_text())
+            if measure in measured:
+                found[measure] = measured[measure]
                 if found[measure]["evaluation"] != matrix.evaluation:
                     raise ValueError(
-                        f"{file} was measured with {found[measure]['evaluation']}, not {matrix.evaluation}"
+                        f"{measure} of {cells.path} was measured with {found[measure]['evaluation']}, not {matrix.evaluation}"
                     )
         if found:
             entry = entries.setdefault((one.method, one.objective), Entry(one, label(matrix, one)))

@@ -14,7 +14,7 @@ import json
 import statistics
 from pathlib import Path
 
-from benchmarks.markdown import head, marked, row
+from benchmarks.common.markdown import head, marked, row
 
 _LATENCY = Path(__file__).parent.parent / "latency" / "results" / "dense.json"
 _CASE = {"part": "requests", "batch": 1, "tokens_in": 128, "tokens_out": 32}

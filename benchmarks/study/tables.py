@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.markdown import head, marked, row
+from benchmarks.common.markdown import head, marked, row
 from benchmarks.study.cells import ATTENTION, LEAST_LOSS, USES, Entry, read_entries, values
 from benchmarks.study.claims import claims
 from benchmarks.study.estimates import Compared, Table

@@ -98,7 +98,7 @@ def measure(turns: int, seconds: float, neighbours: list[int]) -> list[dict]:
 
 def write_table(record: dict, path: Path) -> None:
     """Per setting and case, the median ratio to one thread in the same turn, and the smallest one."""
-    from benchmarks.markdown import head, row
+    from benchmarks.common.markdown import head, row
 
     environment, found = record["environment"], {}
     for turn in record["turns"]:

@@ -20,7 +20,7 @@ SHAPE = {"batch": 8, "tokens": 128, "num_prompts": 4, "num_virtual_tokens": 100}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    from benchmarks.contestants import parse_with_common
+    from benchmarks.common.contestants import parse_with_common
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8], help="sweep of the batch size")
@@ -43,8 +43,8 @@ def cases(options: argparse.Namespace) -> list[dict]:
 
 
 def contestants() -> dict[str, dict]:
-    """Name -> arguments of `benchmarks.contestants.with_method`. Three ways to assign prompts to examples."""
-    from benchmarks.contestants import METHODS
+    """Name -> arguments of `benchmarks.common.contestants.with_method`. Three ways to assign prompts to examples."""
+    from benchmarks.common.contestants import METHODS
 
     idp = {
         "IDP, selected": {"method": "IDP", "assignment": "selected"},
@@ -59,7 +59,7 @@ class Training:
     def __init__(self, base, case: dict, settings: dict) -> None:
         import torch
 
-        from benchmarks.contestants import with_method
+        from benchmarks.common.contestants import with_method
 
         bank = {name: case[name] for name in ("num_prompts", "num_virtual_tokens")}
         self.model = with_method(base, **settings, **bank).train()
@@ -83,7 +83,7 @@ def measure(options: argparse.Namespace, record) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from benchmarks.contestants import load_base
+    from benchmarks.common.contestants import load_base
     from benchmarks.latency.__main__ import now
 
     base = load_base(options.base)
@@ -130,7 +130,7 @@ def _in_a_process(request: dict) -> dict:
 
 def memory_of(request: dict) -> dict[str, int]:
     """Peak bytes of a process (or the GPU): with the loaded model alone, and during one step."""
-    from benchmarks.contestants import PeakMemory, load_base
+    from benchmarks.common.contestants import PeakMemory, load_base
 
     base = load_base(request["base"])
     loaded = PeakMemory().read()
@@ -175,7 +175,7 @@ def main() -> None:
     options = parse()
     import transformers
 
-    from benchmarks.contestants import Record
+    from benchmarks.common.contestants import Record
 
     transformers.utils.logging.set_verbosity_error()
     record = Record(options.output, {"base": options.base, "label": options.label})
