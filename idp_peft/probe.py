@@ -89,9 +89,9 @@ def attention_at_layer(
     cache = prompt_cache.side_by_side(len(attention_mask), layer + 1)
     if has_interface:
         AttentionInterface.register(_IMPLEMENTATION, _attend)
-        return _run(decoder, layer, mask, inputs, cache, _IMPLEMENTATION)
+        return run(decoder, layer, mask, inputs, cache, _IMPLEMENTATION)
     check_selection_layer(decoder, layer)
-    weights = _run(decoder, layer, mask, inputs, cache, "eager")  # [B, H, n, S+n]
+    weights = run(decoder, layer, mask, inputs, cache, "eager")  # [B, H, n, S+n]
     return sum_by_prompt(weights.mean(1), mask)
 
 
@@ -106,7 +106,7 @@ def _combine_separate_runs(decoder, mask: BlockMask, prompt_cache: PromptCache, 
     odds = []
     for prompt, length in enumerate(mask.lengths):
         cache = prompt_cache.alone(prompt, len(mask.attention_mask), num_layers=1)
-        weights = _run(decoder, 0, mask, inputs, cache, "eager").float()  # [B, H, n, k+n]
+        weights = run(decoder, 0, mask, inputs, cache, "eager").float()  # [B, H, n, k+n]
         own = weights[..., length:].sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
         odds.append(weights[..., :length].sum(-1) / own)
     odds = torch.stack(odds, dim=-1)  # [B, H, n, M]
@@ -114,15 +114,15 @@ def _combine_separate_runs(decoder, mask: BlockMask, prompt_cache: PromptCache, 
 
 
 @dataclass(frozen=True)
-class _Reader:
-    """What [`_attend`] needs beside its arguments: the layer to leave at, who sees whom, how far back layers attend."""
+class Reader:
+    """What [`attend`] needs beside its arguments: the layer to leave at, who sees whom, how far back layers attend."""
 
     layer: int
     mask: BlockMask
     reaches: list[Reach]
 
 
-def _run(decoder, layer: int, mask: BlockMask, inputs: dict, cache: DynamicCache, implementation: str) -> torch.Tensor:
+def run(decoder, layer: int, mask: BlockMask, inputs: dict, cache: DynamicCache, implementation: str) -> torch.Tensor:
     """Run the copied decoder up to the attention of `layer`, and return what that attention reports."""
     front = mask.attention_mask.new_ones(len(mask.attention_mask), cache.get_seq_length())
     visible = torch.cat([front, mask.attention_mask], dim=1).long()
@@ -134,10 +134,16 @@ def _run(decoder, layer: int, mask: BlockMask, inputs: dict, cache: DynamicCache
         axes = inputs.get("axes")
         call["position_ids"] = mask.input_positions() if axes is None else axes.movedim(-1, 0) + max(mask.lengths)
     seen = reaches(decoder) if masks_by_reach(decoder) else [EVERYTHING] * (layer + 1)
-    return run_until_reached(decoder, layer, implementation, _Reader(layer, mask, seen), call)
+    return run_until_reached(decoder, layer, implementation, Reader(layer, mask, seen), call)
 
 
-def _attend(
+def _attend(module, *args, **kwargs):
+    """The attention function of copied decoders."""
+    return attend(module.config.idp_reader, module, *args, **kwargs)
+
+
+def attend(
+    reader: Reader,
     module,
     query,
     key,
@@ -150,12 +156,11 @@ def _attend(
     s_aux=None,
     **_,
 ):
-    """The attention function of copied decoders: exact attention under the block mask; leaves at the selection layer.
+    """Exact attention under the block mask; leaves at the reader's layer, by raising [`Reached`].
 
     Shapes as transformers passes them: `query` `[batch, heads, n, head_dim]`, `key` and `value`
     `[batch, kv_heads, S+n, head_dim]`; returns `[batch, n, heads, head_dim]`.
     """
-    reader: _Reader = module.config.idp_reader
     biased = isinstance(attention_mask, torch.Tensor) and attention_mask.is_floating_point()  # made by the layer itself
     layer = AttentionLayer(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard, RepoCard
 
-from idp_peft import IDPConfig, assets
+from idp_peft import IDPConfig
 from idp_peft.hub.base_model import Base, base_of, describe_quantization, is_hub_id
 from idp_peft.hub.card_results import read_results
 from idp_peft.hub.card_text import CardFacts, body
 from idp_peft.hub.model_card import BEGIN, END, write_card
+from idp_peft.offline import assets
 from tests.hub_server import metadata_errors
 
 DEMO = Path(__file__).parent.parent / "benchmarks" / "demo" / "results"
@@ -50,9 +51,9 @@ def read(file: Path) -> dict:
 
 def test_the_whole_text_for_a_base_on_the_hub():
     assert body(facts()) == (
-        "Soft prompts that repair a compressed language model, one of which each input picks for itself: *Inference-time "
-        "Dynamic Prompting* ([arXiv 2310.00867](https://arxiv.org/abs/2310.00867)), a PEFT method of the package `idp-peft`. "
-        "No weight of the base is changed.\n"
+        "Soft prompts that repair a compressed language model. Each input chooses one of them: *Inference-time Dynamic\n"
+        "Prompting* ([arXiv 2310.00867](https://arxiv.org/abs/2310.00867)), a PEFT method of the package `idp-peft`. "
+        "No weight of\nthe base is changed.\n"
         "\n"
         "## Use\n"
         "\n"
@@ -63,7 +64,7 @@ def test_the_whole_text_for_a_base_on_the_hub():
         'inputs = tokenizer("The capital of France is", return_tensors="pt", return_token_type_ids=False).to(model.device)\n'
         "output = model.generate(**inputs, max_new_tokens=20)\n"
         "print(tokenizer.decode(output[0], skip_special_tokens=True))\n"
-        "print(model.last_selection)  # which prompt the input picked, and the scores of all\n"
+        "print(model.last_selection)  # which prompt the input chose, and the scores of all\n"
         "```\n"
         "\n"
         'With PEFT itself, after the same import: `AutoPeftModelForCausalLM.from_pretrained("user/name")`.\n'
@@ -74,7 +75,7 @@ def test_the_whole_text_for_a_base_on_the_hub():
         "\n"
         "## The prompts\n"
         "\n"
-        "* 4 prompts of 32 tokens, picked by the input's attention in layer 0 (mean over a prompt's tokens).\n"
+        "* 4 prompts of 32 tokens, chosen by the input's attention in layer 0 (mean over a prompt's tokens).\n"
         "  Trained with `assignment='selected'`, started with `init='vocab'`.\n"
         "* 73,728 numbers in all, in one safetensors file."
     )
@@ -84,8 +85,8 @@ def test_the_whole_text_for_a_base_on_the_hub():
     ("config", "text"),
     [
         ({"num_virtual_tokens": [2, 3, 4, 5]}, "4 prompts of 2 + 3 + 4 + 5 tokens"),
-        ({"selection": "random"}, "picked by a hash of the input (`selection='random'`)"),
-        ({"selection": "fixed", "fixed_prompt": 2}, "picked by nobody: always prompt 2"),
+        ({"selection": "random"}, "chosen by a hash of the input (`selection='random'`)"),
+        ({"selection": "fixed", "fixed_prompt": 2}, "chosen by nobody: always prompt 2"),
         ({"selection_layer": -1, "selection_reduction": "sum"}, "attention in layer -1 (sum over a prompt's tokens)"),
     ],
 )

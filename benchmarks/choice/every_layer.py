@@ -6,21 +6,19 @@ therefore passed every other choice on its way: here each layer's attention is k
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from dataclasses import replace
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from idp_peft import probe
 from idp_peft.hosting.architectures import find_attention, find_blocks, uses_interface
-from idp_peft.probe import BlockMask
+from idp_peft.hosting.decoder_copy import Reached
+from idp_peft.probe import BlockMask, attend, run
 from idp_peft.prompt_cache import PromptCache
 from idp_peft.selection import scores_from_attention
 
 _IMPLEMENTATION = "idp_every_layer"
-_pass: ContextVar[tuple[list[torch.Tensor], BlockMask]] = ContextVar("idp_every_layer")
 
 
 def scores_at_every_layer(
@@ -69,27 +67,23 @@ def _attention_at_every_layer(
             f"`model` must use transformers' AttentionInterface to be read at every layer in one pass, and "
             f"{type(attention).__name__} does not"
         )
-    AttentionInterface.register(_IMPLEMENTATION, _keep_and_go_on)
     real = torch.ones_like(input_ids, dtype=torch.bool)
-    mask, cache = BlockMask(prompt_cache.lengths, real), prompt_cache.side_by_side(len(real), len(blocks))
+    mask, of_parts = BlockMask(prompt_cache.lengths, real), BlockMask(parts, real)
     kept: list[torch.Tensor] = []
-    token = _pass.set((kept, BlockMask(parts, real)))
-    try:
-        inputs = {"input_ids": input_ids}
-        probe._run(decoder, len(blocks) - 1, mask, inputs, cache, mask.input_positions(), _IMPLEMENTATION)
-    finally:
-        _pass.reset(token)
+
+    def keep_and_go_on(module, *args, **kwargs):
+        """The probe's attention function, asked twice: as at the selection layer, and as at a layer below it."""
+        reader = module.config.idp_reader
+        try:
+            attend(replace(reader, layer=module.layer_idx, mask=of_parts), module, *args, **kwargs)
+        except Reached as reached:
+            kept.append(reached.result)
+        last = replace(reader, layer=-1)
+        if module.layer_idx == len(blocks) - 1:
+            raise Reached(kept[-1])
+        return attend(last, module, *args, **kwargs)
+
+    AttentionInterface.register(_IMPLEMENTATION, keep_and_go_on)
+    cache = prompt_cache.side_by_side(len(real), len(blocks))
+    run(decoder, len(blocks) - 1, mask, {"input_ids": input_ids}, cache, _IMPLEMENTATION)
     return kept
-
-
-def _keep_and_go_on(module, *args, **kwargs):
-    """The probe's attention function, asked twice: as at the selection layer, and as at a layer below it."""
-    current, (kept, mask) = probe._current.get(), _pass.get()
-    token = probe._current.set(replace(current, layer=module.layer_idx, mask=mask))
-    try:
-        probe._probe_attention(module, *args, **kwargs)
-    except probe._Reached as reached:
-        kept.append(reached.result)
-    finally:
-        probe._current.reset(token)
-    return probe._probe_attention(module, *args, **kwargs)

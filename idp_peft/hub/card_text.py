@@ -1,4 +1,4 @@
-"""What the model card of IDP adapters says."""
+"""What the model card of IDP adapters says: facts for the template `card.md.jinja` beside this file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from idp_peft.config import IDPConfig
 from idp_peft.hub.base_model import Base, describe_quantization
 from idp_peft.hub.card_results import Results
 from idp_peft.models.loading import READERS
-
-IMPORT = "import idp_peft  # pip install {packages}; without this import PEFT raises KeyError: 'IDP'"
 
 
 @dataclass(frozen=True)
@@ -38,48 +36,39 @@ class CardFacts:
 
 
 def body(facts: CardFacts) -> str:
-    """Our part, without the lines around it."""
-    parts = [_INTRODUCTION, _use(facts), _base(facts), _prompts(facts), _results(facts)]
-    return "\n\n".join(part for part in parts if part)
+    """Our part of the card, without the lines around it."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(loader=PackageLoader(__package__, "."), undefined=StrictUndefined)
+    environment.filters["repr"] = repr
+    base, notes = facts.base, facts.base.notes
+    text = environment.get_template("card.md.jinja").render(
+        vars(facts)
+        | {
+            "arguments": _arguments(facts),
+            "packages": _packages(base),
+            "what": "GGUF file" if base.is_file else "folder",
+            "others": list(facts.adapters)[1:],
+            "quantization": describe_quantization(base.quantization),
+            "extras": _extras(base) if base.commands else [],
+            "origin": "GGUF file" if notes and str(notes[0].get("model")).endswith(".gguf") else "folder",
+            "made_with": _made_with,
+            "lengths": _lengths,
+            "chosen_by": _chosen_by,
+            "training": _training(facts.training),
+            "limited": _limited(facts.results),
+        }
+    )
+    return text.strip()
 
 
-_INTRODUCTION = (
-    "Soft prompts that repair a compressed language model, one of which each input picks for itself: *Inference-time Dynamic "
-    "Prompting* ([arXiv 2310.00867](https://arxiv.org/abs/2310.00867)), a PEFT method of the package `idp-peft`. No weight of "
-    "the base is changed."
-)
-_SNIPPET = """```python
-{first}
-
-model, tokenizer = idp_peft.load({arguments})
-inputs = tokenizer("The capital of France is", return_tensors="pt", return_token_type_ids=False).to(model.device)
-output = model.generate(**inputs, max_new_tokens=20)
-print(tokenizer.decode(output[0], skip_special_tokens=True))
-print(model.last_selection)  # which prompt the input picked, and the scores of all
-```"""
-
-
-def _use(facts: CardFacts) -> str:
-    root = next(iter(facts.adapters))
+def _arguments(facts: CardFacts) -> str:
+    """Those of `idp_peft.load`."""
+    root, base = next(iter(facts.adapters)), facts.base
     arguments = [json.dumps(facts.place), *([f"subfolder={json.dumps(root)}"] if root else [])]
-    base = facts.base
     if not base.on_hub:
         arguments.append(f"base={json.dumps('default' if base.is_packaged else base.folder)}")
-    snippet = _SNIPPET.format(first=IMPORT.format(packages=_packages(base)), arguments=", ".join(arguments))
-    lines = ["## Use", "", snippet]
-    if base.on_hub:
-        lines += [
-            "",
-            f'With PEFT itself, after the same import: `AutoPeftModelForCausalLM.from_pretrained("{facts.place}")`.',
-        ]
-    elif not base.is_packaged:
-        what = "GGUF file" if base.is_file else "folder"
-        lines += ["", f"`base` is the {what} of the base model ([below](#the-base)), here `{base.folder}`."]
-    others = list(facts.adapters)[1:]
-    if others:
-        named = ", ".join(f'`subfolder="{name}"`' if name else "the root" for name in others)
-        lines += ["", f"Further adapters: {named}."]
-    return "\n".join(lines)
+    return ", ".join(arguments)
 
 
 def _packages(base: Base) -> str:
@@ -89,33 +78,10 @@ def _packages(base: Base) -> str:
     return " ".join(both if reader is None or len(both) == 2 else [f'"{reader}"'])
 
 
-def _base(facts: CardFacts) -> str:
-    base, lines = facts.base, ["## The base", ""]
-    if base.on_hub:
-        lines.append(f"[{base.name}](https://huggingface.co/{base.name})")
-    elif base.is_packaged:
-        lines.append('SmolLM2-135M-Instruct, the package\'s default model: `base="default"` fetches it.')
-    elif base.name:
-        what = "GGUF file" if base.is_file else "folder"
-        lines.append(f"A local {what}, `{base.folder}`, which is not part of this repository.")
-    else:
-        lines.append("Where the base comes from is not recorded.")
-    if base.quantization and not base.is_file:
-        lines[-1] = f"{lines[-1].rstrip('.')}: {describe_quantization(base.quantization)}."
-    if base.commands:
-        install = sorted({note.get("backend", "llmcompressor") for note in base.notes})
-        install += ["demo"] if base.notes[0]["model"] == "default" else []  # it is a GGUF file to begin with
-        lines += ["", "It was made by, and can be made again with:", "", "```bash"]
-        lines += [f'pip install "idp-peft[{",".join(install)}]"', *base.commands, "```"]
-        lines += ["", _made_with(base.notes[-1])]
-    elif base.notes:
-        last, origin = base.notes[-1], base.notes[0].get("model")
-        what = "GGUF file" if str(origin).endswith(".gguf") else "folder"
-        lines += [
-            "",
-            f"It was made with the recipe {last['recipe']} from a model that is a local {what} as well. {_made_with(last)}",
-        ]
-    return "\n".join(lines)
+def _extras(base: Base) -> list[str]:
+    """What to install to make the base again; the default model is a GGUF file to begin with."""
+    backends = sorted({note.get("backend", "llmcompressor") for note in base.notes})
+    return backends + (["demo"] if base.notes[0]["model"] == "default" else [])
 
 
 def _made_with(note: dict) -> str:
@@ -125,41 +91,29 @@ def _made_with(note: dict) -> str:
     return f"Made with {versions}; other versions may give slightly other weights.{text}" if versions else text.strip()
 
 
-def _prompts(facts: CardFacts) -> str:
-    lines = ["## The prompts", ""]
-    for place, config in facts.adapters.items():
-        named = f"`{place}`: " if place else "" if len(facts.adapters) == 1 else "Root: "
-        lengths = config.num_virtual_tokens
-        lengths = " + ".join(map(str, lengths)) if isinstance(lengths, list) else lengths
-        lines.append(f"* {named}{config.num_prompts} prompts of {lengths} tokens, picked by {_picked_by(config)}.")
-        lines.append(f"  Trained with `assignment={config.assignment!r}`, started with `init={config.init!r}`.")
-    lines.append(f"* {facts.parameters:,} numbers in all, in one safetensors file.")
-    if facts.training:
-        told = {name: facts.training.get(name) for name in ("objective", "steps", "learning_rate", "seed", "dataset")}
-        trained = ", ".join(
-            f"{name.replace('_', ' ')} {_plain(value)}" for name, value in told.items() if value is not None
-        )
-        lines.append(f"* Training: {trained}.")
-    return "\n".join(lines)
+def _lengths(config: IDPConfig) -> str:
+    lengths = config.num_virtual_tokens
+    return " + ".join(map(str, lengths)) if isinstance(lengths, list) else str(lengths)
 
 
-def _picked_by(config: IDPConfig) -> str:
+def _chosen_by(config: IDPConfig) -> str:
     if config.selection == "attention":
-        over = "mean over a prompt's tokens" if config.selection_reduction == "mean" else "sum over a prompt's tokens"
-        return f"the input's attention in layer {config.selection_layer} ({over})"
+        return f"the input's attention in layer {config.selection_layer} ({config.selection_reduction} over a prompt's tokens)"
     if config.selection == "fixed":
         return f"nobody: always prompt {config.fixed_prompt}"
     return "a hash of the input (`selection='random'`)"
+
+
+def _training(record: dict | None) -> str:
+    names = ("objective", "steps", "learning_rate", "seed", "dataset")
+    told = {name.replace("_", " "): record[name] for name in names if (record or {}).get(name) is not None}
+    return ", ".join(f"{name} {_plain(value)}" for name, value in told.items())
 
 
 def _plain(value) -> str:
     return Path(value).name if isinstance(value, str) and value.startswith(("/", ".", "~")) else str(value)
 
 
-def _results(facts: CardFacts) -> str:
-    if facts.results is None:
-        return ""
-    settings = facts.results.ours.get("settings", {})
-    limited = f", at most {settings['limit']} documents and questions each" if settings.get("limit") else ""
-    how = f"Measured by `idp-peft evaluate` (perplexity over real tokens only{limited})."
-    return "\n".join(["## Results", "", *facts.results.table(), "", how])
+def _limited(results: Results | None) -> str:
+    settings = {} if results is None else results.ours.get("settings", {})
+    return f", at most {settings['limit']} documents and questions each" if settings.get("limit") else ""

@@ -1,4 +1,4 @@
-"""Statistics of paired measurements, in numpy alone, each with its formula.
+"""Statistics of paired measurements, each with its formula or its source.
 
 Items (documents, questions) are the independent units; nothing here assumes more than that.
 """
@@ -10,7 +10,6 @@ import math
 import numpy as np
 
 LEVEL = 0.95
-_Z = 1.959963984540054  # the normal quantile of LEVEL, two-sided
 
 
 def ratio_mean(values: np.ndarray, weights: np.ndarray) -> tuple[float, float | None]:
@@ -44,27 +43,21 @@ def ratio_mean(values: np.ndarray, weights: np.ndarray) -> tuple[float, float | 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a proportion (Wilson 1927): it stays inside 0..1 and is honest for few items.
 
-        (p + z^2 / 2n  ±  z sqrt( p (1 - p) / n + z^2 / 4n^2 )) / (1 + z^2 / n)
-
     Raises:
         `ValueError`: unless `0 <= successes <= trials` and `trials >= 1`.
     """
+    from scipy.stats import binomtest
+
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(f"`successes` must be from 0 to `trials` and `trials` at least 1, got {successes} of {trials}")
-    share, square = successes / trials, _Z**2
-    centre = share + square / (2 * trials)
-    half = _Z * math.sqrt(share * (1 - share) / trials + square / (4 * trials**2))
-    low, high = ((centre + side * half) / (1 + square / trials) for side in (-1, 1))
-    return max(0.0, low), min(1.0, high)
+    low, high = binomtest(successes, trials).proportion_ci(LEVEL, method="wilson")
+    return float(low), float(high)
 
 
 def mcnemar(left: np.ndarray, right: np.ndarray) -> float:
     """McNemar's exact two-sided p-value: do two models get different shares of the same questions right?
 
-    Only questions that exactly one of the two gets right tell: `b` and `c` of them. If the models are alike each is a
-    fair coin, so
-
-        p = min(1, 2 * sum_{i <= min(b, c)} C(b + c, i) / 2^(b + c))
+    Only questions that exactly one of the two gets right count. If the models are alike, each of them is a fair coin.
 
     Args:
         left, right (`np.ndarray`): `[items]`, 0 or 1, the same questions in the same order.
@@ -72,18 +65,15 @@ def mcnemar(left: np.ndarray, right: np.ndarray) -> float:
     Raises:
         `ValueError`: for arrays of different lengths, or scores other than 0 and 1.
     """
+    from scipy.stats import binomtest
+
     left, right = np.asarray(left), np.asarray(right)
     if left.shape != right.shape:
         raise ValueError(f"`left` and `right` must score the same items, got {len(left)} and {len(right)} of them")
     if not (is_binary(left) and is_binary(right)):
         raise ValueError("`left` and `right` must be 0 or 1 for McNemar's test, got other scores")
     only_left, only_right = int((left > right).sum()), int((right > left).sum())
-    total, tail = only_left + only_right, 0
-    term = 1  # C(total, 0); the next is term * (total - i) / (i + 1), exact in integers
-    for i in range(min(only_left, only_right) + 1):
-        tail += term
-        term = term * (total - i) // (i + 1)
-    return min(1.0, 2 * tail / 2**total)
+    return float(binomtest(only_left, only_left + only_right).pvalue) if only_left + only_right else 1.0
 
 
 def is_binary(scores: np.ndarray) -> bool:
@@ -111,6 +101,7 @@ def shares(prompts: np.ndarray, num_prompts: int) -> np.ndarray:
 
 
 def entropy_bits(probabilities: np.ndarray) -> float:
-    """Entropy of the choice, `-sum p log2 p`: 0 when one prompt is always chosen, log2 M when all are equally often."""
-    positive = probabilities[probabilities > 0]
-    return float(max(0.0, -(positive * np.log2(positive)).sum()))
+    """Entropy of the choice in bits: 0 when one prompt is always chosen, log2 M when all are equally often."""
+    from scipy.stats import entropy
+
+    return float(entropy(probabilities, base=2)) if probabilities.sum() else 0.0
