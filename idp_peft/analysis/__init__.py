@@ -1,5 +1,5 @@
-"""What a trained adapter does: which prompts are chosen, by what margin, whether the choice is any good, and how activations
-and attention change.
+"""Analysis of an adapter: which prompts are chosen, by what margin, how good the choice is, and how activations and attention
+change.
 
 Importing this is light; each name imports what it needs when it is first used.
 """

@@ -1,4 +1,4 @@
-"""Examples out of whatever a user holds: a dataset, rows of token ids, texts, or a data loader."""
+"""Reads examples from a dataset, rows of token ids, texts, or a data loader."""
 
 from __future__ import annotations
 

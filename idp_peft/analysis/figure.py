@@ -139,7 +139,7 @@ def _heat_map(axis, table: np.ndarray, top: float) -> None:
 
 
 def _prompt_ticks(axis, report, label: str = "prompt") -> None:
-    """Names where there is room for them, upright where they are many; else numbers."""
+    """Tick labels: names where there is room for them (upright where there are many), else numbers."""
     axis.set_label_text(label)
     if report.num_prompts > _FEW:
         axis.set_ticks(range(0, report.num_prompts, -(-report.num_prompts // 8)))

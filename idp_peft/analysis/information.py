@@ -1,4 +1,4 @@
-"""What can be said of a row of choices in one number."""
+"""Entropy and mutual information of the choices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measuring a model without leaving a trace: modes, the latest choice and random numbers are what they were."""
+"""Measures a model and restores its modes, its latest choice and the random generators."""
 
 from __future__ import annotations
 

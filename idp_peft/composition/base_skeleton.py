@@ -20,7 +20,7 @@ from idp_peft.models.auto_class import built_from
 
 
 class BaseNotFound(ValueError):
-    """Nobody says which base it is, or it is not where they say."""
+    """The base is not named, or it is not there."""
 
 
 def skeleton(base_model: str | os.PathLike | nn.Module) -> PreTrainedModel:
@@ -31,7 +31,7 @@ def skeleton(base_model: str | os.PathLike | nn.Module) -> PreTrainedModel:
             model, which is not touched.
 
     Raises:
-        `BaseNotFound`: where its config cannot be had.
+        `BaseNotFound`: where its config cannot be read.
         `ValueError`: where the model is no decoder-only causal language model.
     """
     if isinstance(base_model, PeftModel):
@@ -53,7 +53,7 @@ def shared_base(sources: list[PromptSource], base_model=None) -> PreTrainedModel
     """The base of several adapters, without weights: the given one, or the one that they name.
 
     Raises:
-        `BaseNotFound`: where nobody names it, or it is not there.
+        `BaseNotFound`: where it is not named, or not there.
         `ValueError`: where it is no decoder-only causal language model, or its embeddings have another width.
     """
     named = [source for source in sources if source.base_name]

@@ -165,7 +165,7 @@ def _read(adapters) -> list[PromptSource]:
 
 
 def _base_to_split(source: PromptSource, base_model):
-    """The base, where it can be had; where lengths are equal, prompts can be split off without it."""
+    """The base, where it can be loaded. Prompts of equal lengths can be split off without it."""
     unequal = any(len(prompt) != source.longest for prompt in source.prompts)
     try:
         base = shared_base([source], base_model)

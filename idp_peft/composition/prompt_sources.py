@@ -132,7 +132,7 @@ def _from_files(place: str) -> PromptSource:
 
 
 def _why_not(place: str) -> str:
-    """Why the weights of an adapter on the Hub are not to be had, in brackets; it need not be that there are none."""
+    """Why the weights of an adapter on the Hub could not be downloaded, in brackets."""
     if os.path.isdir(place):
         return ""
     try:

@@ -1,4 +1,4 @@
-"""Compressing a model through existing libraries: a thin layer that picks good settings and checks what comes out."""
+"""Compression through existing libraries: good settings, and checks of the result."""
 
 from idp_peft.compression.compress import BACKENDS, compress
 from idp_peft.compression.recipes import RECIPES, Recipe

@@ -1,4 +1,4 @@
-"""What compression did to the weights, read off the weights themselves and never off the recipe."""
+"""Measures compressed weights: sparsity and number of levels, from the weights themselves."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ register_model_type()
 
 
 def main() -> None:
-    """The harness's own `main`, with one step between its two: its parser has read the line, nothing was done yet."""
+    """The harness's own `main`, with our checks between parsing and execution."""
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 
@@ -45,7 +45,7 @@ def _setting(arguments, name: str):
 
 
 def _check(arguments) -> None:
-    """What can be said before the harness reads its thousands of task files.
+    """Checks that need no task files, which take the harness long to read.
 
     Raises:
         `ValueError`: for a `model_args` that we do not know, or an IDP adapter that chooses under another model type.
@@ -66,7 +66,7 @@ def _check(arguments) -> None:
 
 
 def _chooses(peft: str, revision: str | None) -> bool:
-    """Whether an adapter is an IDP one whose inputs choose; one that is not to be had is left to the harness."""
+    """Whether an adapter is IDP's and its inputs choose. An adapter that cannot be read is left to the harness."""
     path = Path(peft).expanduser() / "adapter_config.json"
     if not path.is_file():
         if Path(peft).is_absolute() or Path(peft).exists():

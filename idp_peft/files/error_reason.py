@@ -1,4 +1,4 @@
-"""Why something failed, in one line: a library's outermost error is often the one that says least."""
+"""The reason of an error, in one line: all errors of its chain. A library's outermost error often says least."""
 
 from __future__ import annotations
 

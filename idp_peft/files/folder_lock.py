@@ -1,4 +1,4 @@
-"""One process at a time in a folder: a lock that ends with its process, however that ends."""
+"""One process at a time in a folder: a lock that the kernel releases when its process ends."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def hold(folder: Path) -> int | None:
 
 
 def is_free(folder: Path) -> bool:
-    """Whether no process holds a folder. Where that cannot be told, somebody may."""
+    """Whether no process holds a folder. `False` where that cannot be found out."""
     handle = None if fcntl is None else hold(folder)
     if handle is not None:
         os.close(handle)

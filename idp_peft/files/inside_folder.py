@@ -1,4 +1,4 @@
-"""Names that come out of files, and links: what they point at must lie inside the folder that they were found in."""
+"""File names and links that come out of files: they must stay inside the folder that they were found in."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def plain_name(value, what: str) -> str:
-    """A file's name that a file says, checked: a text without any folder in it.
+    """A file name that was read from a file, checked: a plain name without a folder.
 
     Args:
         value: what stands there.

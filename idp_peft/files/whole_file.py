@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written beside their place and moved there, so nobody ever reads a half."""
+"""Atomic writes: a file is written beside its place and then moved there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder that is there whole or not at all."""
+"""An output folder that appears atomically, when it is complete."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
 
 
 def _new_folder(target: Path) -> tuple[Path, int]:
-    """A new folder beside `target`, and the handle that holds it. Nobody holds what a killed process left: it goes."""
+    """A new folder beside `target`, and the handle that locks it. Folders that killed processes left are removed."""
     parent = hold(target.parent)  # so that nobody sweeps a folder before its maker holds it
     try:
         if parent is not None:

@@ -1,4 +1,4 @@
-"""What IDP needs to know about a base model's decoder, read from its modules and config where they tell."""
+"""What IDP needs to know about a base model's decoder: every architecture's quirk, and every table of names."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def find_decoder(model: nn.Module) -> nn.Module:
 
 
 def find_blocks(decoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """Name and list of the decoder's layers: its `ModuleList` with one entry per hidden layer."""
+    """Name and `ModuleList` of the decoder's layers; `None` where no list has one entry per hidden layer."""
     layers = getattr(decoder.config, "num_hidden_layers", None)
     for name, child in decoder.named_children():
         if isinstance(child, nn.ModuleList) and len(child) == layers:
@@ -53,7 +53,7 @@ def find_attention(block: nn.Module) -> str | None:
 
 
 def gathers_layers(decoder: nn.Module) -> bool:
-    """Whether what makes a layer's keys and values is gathered over processes for that layer alone (FSDP2)."""
+    """Whether FSDP2 gathers the weights behind a layer's keys and values for that layer alone."""
     blocks = find_blocks(decoder)[1]
     return any(gathers(part) for block in blocks for part in (block, getattr(block, find_attention(block))))
 
@@ -66,7 +66,7 @@ def forward_parameters(module_class: type[nn.Module]) -> tuple[str, ...]:
 
 @cache
 def cache_name(module_class: type[nn.Module]) -> str | None:
-    """What a module class's forward calls its cache of keys and values; `None` where it takes none."""
+    """The name of the cache argument of a module class's forward; `None` where it takes no cache."""
     return next((name for name in _CACHE_NAMES if name in forward_parameters(module_class)), None)
 
 
@@ -76,12 +76,12 @@ def given_cache(kwargs: dict):
 
 
 def with_cache(kwargs: dict, cache, name: str) -> dict:
-    """A call's arguments with a cache under its one name."""
+    """A call's arguments, with a cache under this name alone."""
     return {**{key: value for key, value in kwargs.items() if key not in _CACHE_NAMES}, name: cache}
 
 
 def replace_cache(output, cache) -> None:
-    """Hand back another cache in a model's output that holds one."""
+    """Replace the cache in a model's output, where it holds one."""
     name = next((name for name in _CACHE_NAMES if name in output), None)
     if name is not None:
         output[name] = cache
@@ -100,7 +100,7 @@ def has_alibi(decoder: nn.Module) -> bool:
 
 
 def check_selection_layer(decoder: nn.Module, layer: int, reads_attention: bool = True) -> None:
-    """Raise for a layer that cannot decide.
+    """Raise for a selection layer that does not work on this decoder.
 
     Args:
         layer (`int`): as in `IDPConfig.selection_layer`, negative from the end.
@@ -139,7 +139,7 @@ def shares_keys_in_cache(decoder: nn.Module) -> bool:
 
 
 def rotary_length(decoder: nn.Module, tokens: int) -> int | None:
-    """The length by which the decoder chooses its rotary frequencies for `tokens` tokens; `None` where they are fixed
+    """The length that decides the decoder's rotary frequencies for `tokens` tokens; `None` where they are fixed
     (they depend on the length with `rope_type` "dynamic" and "longrope", beyond the original context)."""
     config = decoder.config
     for rope in _ropes(decoder):
@@ -164,7 +164,7 @@ def has_changing_rotary(decoder: nn.Module) -> bool:
 
 
 def keeps_rotary(decoder: nn.Module) -> bool:
-    """Whether the decoder keeps the rotary frequencies of its longest input for shorter ones behind it, as it does with
+    """Whether the decoder keeps the rotary frequencies of its longest input for later, shorter inputs, as it does with
     `rope_type` "dynamic": what it makes of an input then depends on what it ran before."""
     return any("dynamic" in (rope.get("rope_type") or "") for rope in _ropes(decoder))
 
@@ -199,7 +199,7 @@ def embedding_dtype(embeddings: nn.Module, decoder: nn.Module) -> torch.dtype:
 
 
 def embedding_width(embeddings: nn.Module) -> int:
-    """d, the width of the decoder's input embeddings (of a quantised table: what it says of itself)."""
+    """d, the width of the decoder's input embeddings, quantised tables included."""
     return whole_shape(embeddings.weight)[-1] if embeddings.weight.is_floating_point() else embeddings.embedding_dim
 
 
@@ -298,7 +298,7 @@ def has_per_layer_inputs(decoder: nn.Module) -> bool:
 
 
 def of_prompts_alone(decoder: nn.Module, prompts: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What to call a decoder with, beside the embeddings of prompts `[m, K, d]` and nothing else."""
+    """Further arguments of a decoder that is run on prompts `[m, K, d]` alone."""
     needed = has_per_layer_inputs(decoder) and not _can_go_without(decoder)
     return {PER_LAYER_INPUTS: _of_padding(decoder, prompts)} if needed else {}
 

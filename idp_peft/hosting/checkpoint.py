@@ -1,4 +1,4 @@
-"""Is an adapter file the adapter its config describes? Asked before the model is touched."""
+"""Checks an adapter's file against its config and its base, before the model is changed."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def refuse_gguf_base_in_auto_class(base: str | None) -> None:
 
 
 def find_file(source: str, subfolder: str | None, hub_arguments: dict, name: str) -> str | None:
-    """The path of a file of an adapter, downloaded where it lies on the Hub; `None` where there is none to be had."""
+    """The path of a file of an adapter, downloaded where it lies on the Hub; `None` where there is none."""
     folder = os.path.join(source, subfolder or "")
     if os.path.isdir(folder):
         path = os.path.join(folder, name)
@@ -145,8 +145,8 @@ def _embedding_shape(key: str, model: nn.Module | None) -> tuple[int, ...] | Non
 
 
 def check_place(names: Iterable[str], model: nn.Module, source: str) -> None:
-    """Check that the prompts of a file are for the place where this model has them: PEFT would only warn, and leave the
-    prompts as they started.
+    """Check that the prompts of a file belong to this model's decoder. PEFT would only warn, and leave the prompts at their
+    starting values.
 
     Args:
         names (`Iterable[str]`): the tensors' names, after PEFT's `key_mapping`.
@@ -164,7 +164,7 @@ def check_place(names: Iterable[str], model: nn.Module, source: str) -> None:
 
 
 def remove_adapter(model: nn.Module, adapter_name: str, only_new: bool = False) -> None:
-    """Take a half-loaded adapter off again, and the whole of IDP where it was the only one.
+    """Remove a half-loaded adapter, and the `idp` module where it was the only one.
 
     Args:
         only_new (`bool`): leave a bank that was applied before where it is.

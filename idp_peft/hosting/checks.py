@@ -1,4 +1,4 @@
-"""What IDP refuses to run, and the error that says why: never silently different."""
+"""Checks of a call: what IDP refuses to run, with the reason."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def refuse_foreign_cache(cache) -> None:
 
 
 def refuse_continuous_batching(model: nn.Module) -> None:
-    """Raise inside the making of a manager for transformers' continuous batching, and leave the attention as it was."""
+    """Raise while a manager of transformers' continuous batching is constructed. The attention implementation is restored."""
     frame = continuous_batching_under_construction()
     if frame is None:
         return

@@ -1,4 +1,4 @@
-"""A transformers cache whose prompt positions only the decoder sees.
+"""A transformers cache that counts input positions for the caller and all positions for the decoder.
 
 `generate` slices inputs, crops drafts and sizes masks by the cache's length, and its inputs hold no prompt. So once a
 prompt stands at the front of a cache, the cache answers `generate` and the caller in *input* positions, while the decoder
@@ -203,7 +203,7 @@ def decoder_view(cache: Cache) -> Cache:
 def stores_exactly(cache: Cache | None) -> bool:
     """Whether a cache gives back the keys and values that it was given, however they were divided into calls.
 
-    Quantised ones do not: their first call sets the scale. Of a class that is not transformers' own, nobody knows.
+    Quantised caches do not: their first call sets the scale. Classes that are not transformers' own count as inexact.
     """
     if cache is None:
         return True

@@ -1,4 +1,4 @@
-"""What the model around a decoder makes of a call: masks and positions that must count the prompt.
+"""Masks and positions that a multimodal model builds for its decoder, corrected for the prompt.
 
 A causal language model hands its decoder what the caller wrote. A multimodal one may build the masks itself (Gemma 3 and 4,
 Molmo 2) and the positions (EXAONE 4.5, Fuyu, Gemma 4), for the caller's tokens alone. For text, both follow from the
@@ -21,7 +21,7 @@ _NEEDED_TO_TRAIN = {"gemma3": "token_type_ids", "molmo2": "mm_token_type_ids"}  
 
 
 def take_back(kwargs: dict, call, cache, past: int) -> None:
-    """Put the caller's mask and positions back into a decoder's call, in place; masks that say more stay with the call.
+    """Put the caller's mask and positions back into a decoder's call, in place. Masks that show later tokens stay with the call.
 
     Args:
         kwargs (`dict`): the decoder's call.
@@ -81,7 +81,7 @@ def is_made_by_model(cache, call) -> bool:
 
 
 def marked_as_text(model: nn.Module, kwargs: dict) -> dict:
-    """A training call of text alone, with the token types that some models ask for then, all of them text.
+    """A training call of text alone, with the token types that some models need in training: all of them text.
 
     Args:
         model (`nn.Module`): the causal language model.
@@ -97,7 +97,7 @@ def marked_as_text(model: nn.Module, kwargs: dict) -> dict:
 
 
 def _counts_slots(positions, past: int) -> bool:
-    """Whether positions only number the slots, padding included."""
+    """Whether positions are just slot numbers, padding included."""
     if positions is None or positions.ndim != 2:
         return False
     slots = torch.arange(past, past + positions.shape[1], device=positions.device)

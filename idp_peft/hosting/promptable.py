@@ -1,7 +1,7 @@
-"""What a base model must be so that a prompt can stand in it as keys and values, and the error that says what it is instead.
+"""Which base models can take a prompt as keys and values, and the errors for those that cannot.
 
 Everything is read from the model's modules, the signatures of their `forward`, and the cache that transformers makes for it,
-so that a class that nobody has tried is judged by what it is. docs/models.md has the outcome for transformers' own classes.
+so an untested class is judged by its structure. docs/models.md has the outcome for transformers' own classes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _HYBRID = "has_previous_state"  # what hybrid decoders ask their cache; the cach
 
 
 def check_promptable(model: nn.Module) -> None:
-    """Raise for a model in which a prompt's keys and values could not stand for the prompt.
+    """Raise for a model in which a prompt's keys and values cannot replace the prompt.
 
     Raises:
         `ValueError`: with what it is in the model that stands against it.

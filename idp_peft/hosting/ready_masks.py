@@ -1,4 +1,4 @@
-"""Masks that a model has built for its decoder, with room made in them for the prompt."""
+"""4-D masks that a model has built for its decoder, extended by the prompt."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ReadyMasks:
         return all(mask is None or isinstance(mask, torch.Tensor) for mask in self.by_kind.values())
 
     def show_later_tokens(self, attention_mask: torch.Tensor | None, first: int | None = None) -> bool:
-        """Whether some real token of the last ones sees one that stands behind it, as within a picture.
+        """Whether one of the last real tokens sees a later token, as within a picture.
 
         Args:
             attention_mask (`torch.Tensor`, *optional*): `[batch, past + n]`, the caller's.
@@ -93,7 +93,7 @@ def masks_for_decoder(stacked: torch.Tensor, decoder) -> dict | torch.Tensor:
 
 
 def is_ready_made(mask) -> bool:
-    """Whether a mask is anything but one mark per token."""
+    """Whether a mask is more than one value per token."""
     return mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2)
 
 

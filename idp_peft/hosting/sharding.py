@@ -1,4 +1,4 @@
-"""Weights that FSDP2 or ZeRO-3 spread over processes, and which part of a batch this process has.
+"""Weights that FSDP2 or ZeRO-3 shard over processes, and which part of a batch this process has.
 
 FSDP2 gathers a module's weights in hooks on that module and drops them again behind it. Whatever IDP runs besides the
 model's own forward must see to that itself, and must do it on every process or on none: a gathering waits for all.
@@ -13,30 +13,30 @@ from torch import nn
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a part of one that is spread over processes (a `DTensor`)."""
+    """Whether a tensor is sharded over processes (a `DTensor`)."""
     module = sys.modules.get("torch.distributed.tensor")  # nobody has made one where that was never imported
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def whole_shape(weight: torch.Tensor) -> torch.Size:
-    """The shape of a weight, of one that ZeRO-3 spread over processes the one it has when gathered."""
+    """The shape of a weight; of a weight that ZeRO-3 shards, its gathered shape."""
     return getattr(weight, "ds_shape", weight.shape)
 
 
 def gathers(module: nn.Module) -> bool:
-    """Whether a module's weights are gathered when it is run, and dropped behind it (`fully_shard`)."""
+    """Whether a module's weights are gathered for its forward, and freed afterwards (`fully_shard`)."""
     return bool(_units(module))
 
 
 def is_spread(model: nn.Module) -> bool:
-    """Whether any process holds only a part of a model: under FSDP2, or ZeRO-3."""
+    """Whether a model's weights are sharded, by FSDP2 or ZeRO-3."""
     return any(gathers(module) for module in model.modules()) or any(
         weight.shape != whole_shape(weight) for weight in model.parameters()
     )
 
 
 def unwrapped(layer: nn.Module) -> nn.Module:
-    """A layer without torch's wrapper for activation checkpointing, which FSDP puts around it when asked to."""
+    """A layer without torch's wrapper for activation checkpointing, which FSDP can put around it."""
     return getattr(layer, "_checkpoint_wrapped_module", layer)
 
 
@@ -48,12 +48,12 @@ def _units(module: nn.Module) -> list[nn.Module]:
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """A module's class, of one that FSDP2 shards the one it had before: that stands behind `FSDPModule` in the new one."""
+    """A module's class before FSDP2 sharded it: it follows `FSDPModule` in the new class's bases."""
     return type(module).__mro__[2] if module in _units(module) else type(module)
 
 
 def gather_around(runs: nn.Module, owner: nn.Module) -> None:
-    """Have `owner`'s weights gathered while `runs`, a copy that shares them, is run; also where that ends in an error."""
+    """Gather `owner`'s weights while `runs`, a copy that shares them, runs. They are freed after errors too."""
     for unit in _units(owner):
         runs.register_forward_pre_hook(lambda *_, unit=unit: unit.unshard())
         runs.register_forward_hook(lambda *_, unit=unit: unit.reshard(), always_call=True)

@@ -1,8 +1,8 @@
-"""What a host's loop knows of a forward and does not pass on: which tokens are targets, rows that belong together.
+"""What a training loop knows and does not pass to the model: labels, packing, rows that are compared.
 
 transformers' `Trainer` and TRL's trainers sometimes call the model without the labels that they hold (label smoothing, a
-loss of one's own, metrics that need logits), and with rows that nothing in the call tells from single documents
-(TRL's `packing_strategy="wrapped"`). Both would silently change what a choice reads. Nothing is patched: the loop that is
+custom loss, metrics that need logits), and with packed rows that look like single documents (TRL's
+`packing_strategy="wrapped"`). Both would silently change what a choice reads. Nothing is patched: the loop that is
 running is looked up in the call stack (`introspection.py`).
 """
 

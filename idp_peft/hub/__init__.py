@@ -1,1 +1,1 @@
-"""What lies in a repository on the Hub: the adapter, its model card, and the push that puts them there."""
+"""The Hub: pushing an adapter, and its model card."""

@@ -1,4 +1,4 @@
-"""What an adapter stands on: where its base is to be had, how it is compressed, and how it was made."""
+"""The base of an adapter: where to get it, how it is compressed, and how it was made."""
 
 from __future__ import annotations
 

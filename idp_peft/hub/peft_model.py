@@ -1,4 +1,4 @@
-"""PEFT's model classes with a card, and a push, that know IDP."""
+"""PEFT's model classes, with an IDP model card and push."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from idp_peft.hosting.sharding import is_spread
 
 
 class KnowsItsCard:
-    """What PEFT writes and pushes for any adapter, right for an IDP one.
+    """PEFT's saving, card and push, with a card that is right for IDP.
 
     Why a class of our own: PEFT's `create_or_update_model_card` puts the path of a local base into the metadata, which the
     Hub refuses, and transformers' `push_to_hub` writes a generic card over it. Both are methods of the `PeftModel`, and
@@ -27,7 +27,7 @@ class KnowsItsCard:
         return [*(getattr(self.get_base_model(), "model_tags", None) or []), "idp", "soft-prompt"]
 
     def save_pretrained(self, save_directory: str, *args, **kwargs) -> None:
-        """PEFT's own, which under FSDP2 and ZeRO-3 has only a part of the prompts to save.
+        """PEFT's own, with an error where the prompts are sharded.
 
         Raises:
             `ValueError`: where that is so, and no whole `state_dict` is given.

@@ -1,4 +1,4 @@
-"""Which of transformers' auto classes builds a model that speaks: the causal language models', or a multimodal one."""
+"""Which of transformers' auto classes builds a generating model: the causal one, or a multimodal one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One number for a model's base weights, to show that nothing touched them."""
+"""A digest of a model's base weights, to show that they did not change."""
 
 from __future__ import annotations
 

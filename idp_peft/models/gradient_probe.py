@@ -1,4 +1,4 @@
-"""Does a base model hand gradients on to what stands in front of it, and are they right?
+"""Checks that a base model propagates gradients to its input, and that these gradients are right.
 
 Some kernels of compressed layers cut the gradient without an error: the loss still falls, since the residual stream
 carries a part of it around the layers, so only a look at the layers themselves can tell.
@@ -51,7 +51,7 @@ class GradientProbe:
 
 
 def probe_gradients(model: nn.Module, token_ids: list[int] | torch.Tensor | None = None) -> GradientProbe:
-    """Look whether prompts or adapters can be trained through a model's layers, on the device where it is.
+    """Check that prompts or adapters can be trained through a model's layers. Runs on the model's device.
 
     1. One forward in evaluation mode without gradients, since some kernels fix a mode at their first call and keep it.
     2. In training mode, every linear layer's output must want a gradient when its input does.
@@ -119,7 +119,7 @@ def _compare(layers: dict[str, nn.Module], dtypes: dict[str, torch.dtype]) -> Gr
 
 
 def _severed(model: nn.Module, layers: dict[str, nn.Module], ids: torch.Tensor):
-    """Names of the layers whose output forgets that their input wants a gradient, and the type each layer reads.
+    """Names of the layers that do not propagate gradients, and the type that each layer reads.
 
     Every layer's input is made to want one anew: behind a layer that cuts, the next would not be asked otherwise.
     """

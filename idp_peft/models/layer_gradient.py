@@ -1,4 +1,4 @@
-"""The gradient that one linear layer returns, against the one that follows from its effective weights."""
+"""Compares the gradient of one linear layer with the one that its effective weights give."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading any model that transformers can load, compressed ones in the form that can be trained through."""
+"""Loading models: compressed ones in a form that propagates gradients."""
 
 from __future__ import annotations
 
@@ -354,7 +354,7 @@ def holds_packed_weights(gguf_file: str | Path) -> bool:
 
 @contextlib.contextmanager
 def _clear_errors(name: str | Path, quantization: dict) -> Iterator[None]:
-    """Turns what transformers says over many lines into one that names the model."""
+    """Turns transformers' long errors into one line that names the model."""
     method = quantization.get("quant_method")
     try:
         yield

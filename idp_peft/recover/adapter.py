@@ -1,4 +1,4 @@
-"""The adapter that a repair trains, as it starts: from openings of the training text where that is asked for."""
+"""The adapter that a repair trains, with its starting values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Serving an adapter with engines that know nothing of it: a thin layer over the core."""
+"""Serving an adapter with engines that do not know the method."""
 
 import importlib
 

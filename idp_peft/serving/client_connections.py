@@ -1,4 +1,4 @@
-"""uvicorn's connections with what they lack: a deadline for whoever owes something, and a limit on their number."""
+"""uvicorn's connections with deadlines for slow clients and a limit on their number."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class _Connection(H11Protocol):
         self._timer = self.loop.call_later(min(1.0, self.patience / 4), self._look)
 
     def _look(self) -> None:
-        """Every second, until the connection is gone."""
+        """Checks the deadlines every second, until the connection is closed."""
         now = self.loop.time()
         unread = self.flow.write_paused or self.transport.is_closing()
         if not unread and not self._owes_request():

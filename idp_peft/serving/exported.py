@@ -1,4 +1,4 @@
-"""What an exported model says of its prompts, for whoever puts them in front of a request."""
+"""The prompts of an exported model, as `idp_prompts.json` describes them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ExportedModel:
 
     @property
     def logit_bias(self) -> dict[str, float]:
-        """What a request can say, in OpenAI's words, so that sampling never picks a new token."""
+        """OpenAI's `logit_bias` against all new tokens, so that sampling never picks one."""
         return {str(token): -100.0 for token in self.never_generated}
 
     @classmethod

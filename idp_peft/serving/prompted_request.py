@@ -25,7 +25,7 @@ _NAME = re.compile(r"<\|idp:[^|]*\|>")  # as `PromptVocabulary` names tokens
 
 
 class Piece(NamedTuple):
-    """A part of the work on one request, behind which others may have their turn.
+    """A part of the work on one request. Other requests may run between two pieces.
 
     Args:
         lane (`str`): `"chat"`, `"short"`, `"middle"` or `"long"`: what it waits for. Long texts do not stand in the way of
@@ -256,7 +256,7 @@ class RequestPrompter:
         return self.exported.token_ids[prompt] if prompt >= 0 else []
 
     def _never_generating(self, body: dict, fields: dict[str, Field]) -> dict:
-        """Greedy decoding of an untied model cannot pick a new token; all else is told not to."""
+        """Adds the bias against new tokens, except for greedy decoding of an untied model, which cannot pick one."""
         if body.get("temperature") == 0 and not self.exported.tied and not steers(body, fields):
             return body
         body["logit_bias"] = {**body.get("logit_bias", {}), **self.exported.logit_bias}

@@ -188,7 +188,7 @@ class _Proxy:
             )
 
     async def _read(self, request: Request) -> bytes:
-        """The body, read no further than it may be long."""
+        """The request's body, read up to its limit."""
         too_large = RequestError(413, f"the body must not be longer than {self.settings.max_body} bytes")
         stated = request.headers.get("content-length", "")
         if stated.isdecimal() and int(stated) > self.settings.max_body:
@@ -248,7 +248,7 @@ async def _answer_of(engine: httpx.Response) -> Response:
 
 
 async def _while_connected(request: Request, work: Callable[[], Awaitable[Response]]) -> Response:
-    """What some work answers; given up where the client goes away."""
+    """The result of some work; cancelled when the client disconnects."""
     answer: list[Response] = []
     async with anyio.create_task_group() as group:
 
@@ -271,7 +271,7 @@ async def _while_connected(request: Request, work: Callable[[], Awaitable[Respon
 
 
 class _BrokenOff(Exception):
-    """The engine went away within an answer that is no stream of events."""
+    """The engine broke off within an answer that is not a stream of events."""
 
 
 class _Stream(StreamingResponse):
@@ -315,7 +315,7 @@ def _is_events(engine: httpx.Response) -> bool:
 
 
 def _engine_error(error: httpx.HTTPError) -> RequestError:
-    """What to say of an engine that could not be asked, or did not answer."""
+    """The error for an engine that cannot be reached or does not answer."""
     logger.warning("the engine failed: %s", repr(error))
     if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
         return RequestError(504, "the engine did not answer in time", code="engine_timeout")

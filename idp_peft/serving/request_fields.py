@@ -208,7 +208,7 @@ def steers(body: dict, fields: dict[str, Field]) -> bool:
 
 
 def check_size(values: list) -> None:
-    """Refuse what is too large or too deep to be walked through again and again, and numbers that JSON cannot write.
+    """Refuse bodies that are too large or too deep, and numbers that JSON cannot write.
 
     Args:
         values (`list`): parsed from JSON.

@@ -80,7 +80,7 @@ class TextProcess:
         return self._ask({"chat": chat, "max_characters": max_characters}, self.seconds)
 
     def start(self) -> None:
-        """Begin to import what is needed, so that the first text waits less."""
+        """Start the imports early, so that the first text waits less."""
         with self._lock:
             self._start()
 
@@ -104,7 +104,7 @@ class TextProcess:
         return answer["answer"]
 
     def _connection(self) -> socket.socket:
-        """A process that waits, or a new one."""
+        """The connection to a waiting process, or to a new one."""
         with self._lock:
             while self._idle:
                 connection = self._idle.pop()
@@ -157,7 +157,7 @@ class TextProcess:
 
 
 def _waits(connection: socket.socket) -> bool:
-    """Whether the process at its other end is still there: one that is has nothing to say."""
+    """Whether the process at the other end is alive: a waiting process sends nothing."""
     connection.settimeout(0)
     try:
         return bool(connection.recv(1, socket.MSG_PEEK))

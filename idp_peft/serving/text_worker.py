@@ -1,4 +1,4 @@
-"""The other side of `text_process.py`, run as a file: imports once, then forks a process for each connection it is given.
+"""The worker of `text_process.py`, run as a file: it imports once, then forks a process for each connection.
 
 Each of those answers one task a line, JSON both ways, and is ended by the kernel where a task takes more than it may.
 Forking is safe here: this process has no thread but its first.

@@ -1,4 +1,4 @@
-"""Texts as vLLM prompts made of embeddings: the chosen prompt's vectors in front of the text's. vLLM is not imported.
+"""vLLM prompts made of embeddings: the chosen prompt's vectors, then the text's. vLLM is not imported.
 
 The engine needs `--enable-prompt-embeds`, and no exported model: it serves the base as it is.
 """

@@ -70,7 +70,7 @@ class PromptVocabulary:
             )
 
     def _gap(self, tokenizer) -> list[str]:
-        """Names for rows that the table has and the tokenizer has no token for: ids must follow each other."""
+        """Names for table rows without a token: token ids must be consecutive."""
         return [f"<|idp:unused:{row}|>" for row in range(next_token_id(tokenizer), self.first)]
 
 
