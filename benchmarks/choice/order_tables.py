@@ -6,6 +6,7 @@ import numpy as np
 
 from benchmarks.choice.orders import dependence, explained
 from benchmarks.choice.records import Bank
+from benchmarks.common.markdown import head, row
 
 
 def order_sentence(banks: list[Bank]) -> str:
@@ -30,8 +31,18 @@ def naive_table(banks: list[Bank]) -> str:
         "scores' variance within items the place and the prompt explain; and what of the attention on prompts falls on the "
         "very first token. Beside it, IDP: what of the attention on a prompt falls on that prompt's own first token.",
         "",
-        "| layer | choice depends on the order | first place | last place | variance: place | prompt | first token | IDP: first tokens |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        *head(
+            [
+                "layer",
+                "choice depends on the order",
+                "first place",
+                "last place",
+                "variance: place",
+                "prompt",
+                "first token",
+                "IDP: first tokens",
+            ]
+        ),
     ]
     for index, layer in enumerate(layers):
         seen = [dependence(part[:, index], orders) for part in scores]
@@ -44,5 +55,5 @@ def naive_table(banks: list[Bank]) -> str:
             np.mean([np.array(bank.record["orders"]["naive"]["first_token"])[:, index] for bank in banks]),
             np.mean([bank.record["orders"]["idp"]["first_token"][layer] for bank in banks]),
         ]
-        lines.append(f"| {layer} | " + " | ".join(f"{100 * value:.0f} %" for value in values) + " |")
+        lines.append(row([str(layer), *(f"{100 * value:.0f} %" for value in values)]))
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks.choice.analysis import BY_ANY_LAYER, BY_CONTEXT, BY_LAYER_0, Analysis, Row, analyse
 from benchmarks.choice.order_tables import naive_table, order_sentence
 from benchmarks.choice.records import Bank, read_groups
+from benchmarks.common.markdown import head, row
 from idp_peft.report.choices import ORACLE, RANDOM, SINGLE
 from idp_peft.report.formatting import number, p_value
 from idp_peft.report.statistics import LEVEL, holm
@@ -70,55 +71,63 @@ def use_table(analysis: Analysis) -> str:
     """Nats per token of each use of the prompts; p after Holm's correction over the six tests of the table."""
     tests = [(use, other) for use in _TESTED for other in (RANDOM, SINGLE)]
     corrected = dict(zip(tests, holm([analysis.uses.difference(*test).p for test in tests]), strict=True))
-    lines = ["| | nats per token | minus random | | minus best single prompt | |", "|---|---:|---:|---:|---:|---:|"]
+    lines = head(["", "nats per token", "minus random", "", "minus best single prompt", ""])
     for use in _USES:
         cells = [number(analysis.uses.points[use], 4)]
         for other in (RANDOM, SINGLE):
             same = use == other
             cells.append("" if same else _interval(analysis.uses.difference(use, other), 4))
             cells.append(p_value(corrected[use, other]) if (use, other) in corrected else "")
-        lines.append(f"| {use} | " + " | ".join(cells) + " |")
+        lines.append(row([use, *cells]))
     return "\n".join(lines)
 
 
 def layer_table(analysis: Analysis, pooled: bool) -> str:
     """One row a layer. Stars mark p below 5 % after Holm's correction over the layers."""
-    lines = [
-        "| layer | rank correlation within items | two-way correlation | choice minus random | minus best single prompt | "
-        + ("entropy, bits |" if pooled else "two-way of each prompt | entropy, bits | chosen |"),
-        "|---|---:|---:|---:|---:|---:|" + ("" if pooled else "---:|---:|"),
+    columns = ["layer", "rank correlation within items", "two-way correlation", "choice minus random"]
+    columns += ["minus best single prompt"] + ([] if pooled else ["two-way of each prompt"])
+    lines = head([*columns, "entropy, bits"] + ([] if pooled else ["chosen"]))
+    rows = [(str(number_of), layer) for number_of, layer in enumerate(analysis.layers)] + [
+        ("context's loss", analysis.context)
     ]
-    rows = [(str(layer), row) for layer, row in enumerate(analysis.layers)] + [("context's loss", analysis.context)]
-    for name, row in rows:
-        cells = [_interval(row.within, 2), *_tested(row)]
-        cells += [] if pooled else [_signed(row.between[0])]
-        cells += [number(row.entropy, 2)]
-        cells += [] if pooled else [" ".join(map(str, row.counts[0]))]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for name, layer in rows:
+        cells = [_interval(layer.within, 2), *_tested(layer)]
+        cells += [] if pooled else [_signed(layer.between[0])]
+        cells += [number(layer.entropy, 2)]
+        cells += [] if pooled else [" ".join(map(str, layer.counts[0]))]
+        lines.append(row([name, *cells]))
     return "\n".join(lines)
 
 
 def seed_table(banks: list[Bank]) -> str:
     """What differs between training seeds."""
-    lines = [
-        "| | rank correlation, layer 0 | two-way, layer 0 | of each prompt | two-way, strongest layer | "
-        "layer 0 minus random | cross-fitted layer minus random | oracle minus random | chosen, layer 0 |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    lines = head(
+        [
+            "",
+            "rank correlation, layer 0",
+            "two-way, layer 0",
+            "of each prompt",
+            "two-way, strongest layer",
+            "layer 0 minus random",
+            "cross-fitted layer minus random",
+            "oracle minus random",
+            "chosen, layer 0",
+        ]
+    )
     for bank in banks:
         alone = analyse([bank], "mean")
         first, uses = alone.layers[0], alone.uses
         strongest = max(range(len(alone.layers)), key=lambda layer: abs(alone.layers[layer].two_way.value))
-        row = alone.layers[strongest]
+        most = alone.layers[strongest]
         cells = [
             number(first.within.value, 2),
             number(first.two_way.value, 2),
             _signed(first.between[0]),
-            f"{number(row.two_way.value, 2)} (layer {strongest}, {p_value(row.holm['two_way'])})",
+            f"{number(most.two_way.value, 2)} (layer {strongest}, {p_value(most.holm['two_way'])})",
             *(_interval(uses.difference(use, RANDOM), 4) for use in (BY_LAYER_0, BY_ANY_LAYER, ORACLE)),
             " ".join(map(str, first.counts[0])),
         ]
-        lines.append(f"| {bank.name} | " + " | ".join(cells) + " |")
+        lines.append(row([bank.name, *cells]))
     return "\n".join(lines)
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 def head(columns: list[str], numbers: bool = True) -> list[str]:
     """The heading of a table; all columns but the first stand to the right where they hold numbers."""
-    return [row(columns), "|---|" + ("---:|" if numbers else "---|") * (len(columns) - 1)]
+    named = "| " + " | ".join(columns) + " |"
+    while "|  |" in named:  # an empty heading
+        named = named.replace("|  |", "| |")
+    return [named, "|---|" + ("---:|" if numbers else "---|") * (len(columns) - 1)]
 
 
 def row(cells: list[str]) -> str:

@@ -13,6 +13,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from benchmarks.common.markdown import head, row
 from benchmarks.compatibility.matrix import FEATURES, METHODS, contestant, judge
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,9 +49,9 @@ def cell(result: dict) -> str:
 
 
 def table(rows: dict[str, dict[str, dict]]) -> str:
-    lines = ["| | " + " | ".join(TITLES[m] for m in METHODS) + " |", "|---|" + "---|" * len(METHODS)]
+    lines = head(["", *(TITLES[m] for m in METHODS)], numbers=False)
     for feature, verdicts in rows.items():
-        lines.append(f"| {feature} | " + " | ".join(cell(verdicts[m]) for m in METHODS) + " |")
+        lines.append(row([feature, *(cell(verdicts[m]) for m in METHODS)]))
     return "\n".join(lines) + "\n"
 
 

@@ -12,6 +12,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from benchmarks.common.markdown import head, row
+
 RESULTS = Path(__file__).parent / "results"
 WHAT = {
     "kills": "killed up to three times at random moments",
@@ -71,12 +73,12 @@ def write(output: Path, experiment: str, records: list[dict]) -> None:
 
 def table(paths: list[Path]) -> str:
     """Tried, same, refused and lost, one row per result file, in Markdown."""
-    rows = ["| what was done | tried | same adapter | refused in one line | lost |", "|---|---:|---:|---:|---:|"]
+    rows = head(["what was done", "tried", "same adapter", "refused in one line", "lost"])
     for path in paths:
         content = json.loads(path.read_text())
         found = Counter(one["outcome"] for one in content["tries"])
         numbers = [len(content["tries"]), *(found[name] for name in ("same", "refused", "lost"))]
-        rows.append(f"| {WHAT[content['experiment']]} | {' | '.join(map(str, numbers))} |")
+        rows.append(row([WHAT[content["experiment"]], *map(str, numbers)]))
     return "\n".join(rows) + "\n"
 
 

@@ -6,6 +6,8 @@ import json
 import statistics
 from pathlib import Path
 
+from benchmarks.common.markdown import head, row
+
 MEASURES = {"first": "time to first token", "further": "per further token", "whole": "whole generate"}
 _REQUEST = {"part": "requests", "batch": 1, "tokens_in": 128, "tokens_out": 32}
 _BANKS = {**_REQUEST, "part": "prompts"}
@@ -76,18 +78,18 @@ def _target_rows(cases) -> list[str]:
         measured = ratio(contestants[name], contestants[other], measure)
         shape = f"{case['tokens_in']} : {case['tokens_out']}"
         target = "" if most is None else f"at most {most:.2f}"
-        rows.append(f"| {MEASURES[measure]}, {name} / {other} | {shape} | {measured:.3f} | {target} |")
+        rows.append(row([f"{MEASURES[measure]}, {name} / {other}", shape, f"{measured:.3f}", target]))
     return rows
 
 
 def _time_rows(contestants: dict[str, list[dict]]) -> list[str]:
-    rows = ["| | " + " | ".join(MEASURES.values()) + " |", "|---|" + "---:|" * len(MEASURES)]
+    rows = head(["", *MEASURES.values()])
     for name, turns in contestants.items():
         cells = []
         for measure in MEASURES:
             milliseconds = 1000 * statistics.median(turn[measure] for turn in turns)
             cells.append(f"{milliseconds:.1f} ms ({ratio(turns, contestants['base alone'], measure):.2f})")
-        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+        rows.append(row([name, *cells]))
     compiled = {
         name: sum(turn["new_graphs"] for turn in turns)
         for name, turns in contestants.items()
@@ -100,13 +102,13 @@ def _time_rows(contestants: dict[str, list[dict]]) -> list[str]:
 
 
 def _memory_rows(contestants: dict[str, list[dict]]) -> list[str]:
-    rows = ["| | adapter file | loading it | peak memory | prompt cache |", "|---|---:|---:|---:|---:|"]
+    rows = head(["", "adapter file", "loading it", "peak memory", "prompt cache"])
     for name, turns in contestants.items():
         seconds, peak = (statistics.median(turn[what] for turn in turns) for what in ("load_seconds", "peak_bytes"))
         cells = [f"{turns[0]['adapter_bytes'] / 1e3:,.1f} kB", f"{1000 * seconds:.0f} ms", f"{peak / 1e6:,.0f} MB"]
         cache, formula = turns[0].get("prompt_cache_bytes"), turns[0].get("prompt_cache_formula")
         cells.append("" if cache is None else f"{cache:,} bytes (formula: {formula:,})")
-        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+        rows.append(row([name, *cells]))
     return rows
 
 

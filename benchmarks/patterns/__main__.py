@@ -13,6 +13,8 @@ import argparse
 import json
 from pathlib import Path
 
+from benchmarks.common.markdown import row
+
 RESULTS = Path(__file__).parent / "results"
 COMPRESSED = "compressed"
 
@@ -177,7 +179,7 @@ def markdown(result: dict) -> str:
         about = result["adapters"].get(name, {})
         recovery = "" if name in ("reference", COMPRESSED) else f"{100 * (means[COMPRESSED] - loss) / gap:.1f} %"
         cells = [name, about.get("method", ""), about.get("parameters", ""), about.get("from", "")]
-        lines.append(f"| {' | '.join(map(str, cells))} | {loss:.4f} | {recovery} |")
+        lines.append(row([*map(str, cells), f"{loss:.4f}", recovery]))
     for title, key in (("All tokens", "all_tokens"), ("Without the first token of each block", "without_first")):
         lines += ["", f"## {title}", "", PatternComparison.from_dict(result[key]).to_markdown().rstrip()]
     for name, content in result["behind_prompts"].items():

@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.common.markdown import head, row
+
 RESULTS = Path(__file__).parent / "results"
 # Whose memory is measured in every case; the others' in the first alone.
 _COMPARED = ("IDP, selected", "IDP, uniform", "prompt tuning")
@@ -149,7 +151,7 @@ def markdown(record: dict) -> str:
     ]
     for case in list({json.dumps(turn["case"]): turn["case"] for turn in turns}.values()):
         lines += ["", "**" + ", ".join(f"{name} {value}" for name, value in case.items()) + "**", ""]
-        lines += ["| | tokens per second | ratio to prompt tuning | peak memory | ratio |", "|---|---:|---:|---:|---:|"]
+        lines += head(["", "tokens per second", "ratio to prompt tuning", "peak memory", "ratio"])
         seconds, peaks = {}, {}
         for turn in turns:
             if turn["case"] == case and turn["repetition"] == "memory":
@@ -164,7 +166,7 @@ def markdown(record: dict) -> str:
             memory = ["", ""]
             if name in peaks:
                 memory = [f"{peaks[name] / 1e6:,.0f} MB", f"{peaks[name] / peaks['prompt tuning']:.2f}"]
-            lines.append(f"| {name} | {speed:.0f} | {faster:.2f} | {memory[0]} | {memory[1]} |")
+            lines.append(row([name, f"{speed:.0f}", f"{faster:.2f}", *memory]))
     return "\n".join(lines) + "\n"
 
 
