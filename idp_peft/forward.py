@@ -46,8 +46,6 @@ class Forward:
             handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
         return handles
 
-    # ------------------------------------------------------------------ the decoder: the method
-
     @torch.compiler.disable
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict):
         """Forward pre-hook of the decoder: f(E(x)) becomes f([P_{i*(x)} ; E(x)])."""
@@ -127,16 +125,14 @@ def generate(layer, args: tuple, kwargs: dict, prompt_ids, selection_mask: torch
     batch, tokens = request.source.shape[:2]
     with running(Call(layer, prompt_ids, selection_mask, generating=True, batch=batch, tokens=tokens)) as call:
         config, bank = layer.active_config, layer.active_bank
-        some_choose = prompt_ids is None
-        if prompt_ids is not None:
-            forced = check_prompt_ids(prompt_ids, batch, bank.num_prompts, config.prompt_names)
-            some_choose = bool((forced == CHOOSES).any())
+        asked = "auto" if prompt_ids is None else prompt_ids
+        forced = check_prompt_ids(asked, batch, bank.num_prompts, config.prompt_names)
         request.prepare(layer.decoder, bank.max_length)
         call.total = request.total_tokens
         kept = request.kept_prompts(layer.signature) if prompt_ids is None else None
         if kept is not None:
             call.selection = Selection(kept, prompt_names=config.prompt_names)
-        elif some_choose and config.chooses and request.in_chunks:  # the choice reads the whole input
+        elif config.chooses and request.in_chunks and (forced == CHOOSES).any():  # the choice reads the whole input
             inputs, mask = request.read_before_chunks()
             call.selection = select(layer, inputs, mask, selection_mask, prompt_ids=prompt_ids)
             layer.remember(call.selection)

@@ -149,8 +149,6 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         """Which model and adapter a cache is started by."""
         return self._identity, self.active_name
 
-    # ------------------------------------------------------------------ the prompts as the decoder sees them
-
     @property
     def dtype(self) -> torch.dtype:
         """What prompts are cast to on use: the dtype of the base's input embeddings."""
@@ -189,8 +187,6 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         with torch.no_grad(), evaluating(self.decoder):
             part = first_layers(self.decoder, number)
             return compute_prompt_cache(part, self.active_bank, self.dtype, rotary_length)
-
-    # ------------------------------------------------------------------ what was chosen, and by what
 
     @property
     def last_selection(self) -> Selection | None:

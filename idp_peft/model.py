@@ -15,9 +15,15 @@ from idp_peft.config import IDPConfig, IDPPeftType
 from idp_peft.forward import generate
 from idp_peft.hosting.architectures import check_selection_layer, embedding_width, find_decoder
 from idp_peft.hosting.call import undisturbed
-from idp_peft.hosting.checkpoint import check_place, check_shapes, check_weights, remove_adapter
+from idp_peft.hosting.checkpoint import (
+    check_place,
+    check_shapes,
+    check_weights,
+    remove_adapter,
+    stored_prompts,
+)
 from idp_peft.hosting.init_text import text_token_ids
-from idp_peft.hosting.introspection import peft_model_under_construction
+from idp_peft.hosting.introspection import adapter_that_transformers_loads, peft_model_under_construction
 from idp_peft.hosting.promptable import check_promptable
 from idp_peft.layer import IDPLayer
 from idp_peft.selection import Selection
@@ -57,8 +63,6 @@ class IDPModel(BaseTuner):
         wrapper = peft_model_under_construction(sys._getframe(1))
         if wrapper is not None:
             wrapper.__class__ = self.peft_model_classes.get(type(wrapper), type(wrapper))
-
-    # ------------------------------------------------------------------ injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs) -> None:
         check_promptable(model)  # before PEFT looks at the model, and raises for what it finds
@@ -104,6 +108,9 @@ class IDPModel(BaseTuner):
         elif not isinstance(layer, IDPLayer):
             raise ValueError(f"the decoder already has a module named {_CHILD!r} ({type(layer).__name__})")
         layer.add_bank(adapter_name, peft_config, texts)
+        loaded = adapter_that_transformers_loads()
+        if loaded is not None:
+            layer.idp_prompts[adapter_name].load(stored_prompts(*loaded))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
@@ -116,8 +123,6 @@ class IDPModel(BaseTuner):
             remove_adapter(model, adapter_name, only_new=True)
             raise
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-
-    # ------------------------------------------------------------------ removal
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
@@ -132,8 +137,6 @@ class IDPModel(BaseTuner):
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
-
-    # ------------------------------------------------------------------ use
 
     @property
     def layer(self) -> IDPLayer:

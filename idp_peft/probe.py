@@ -88,7 +88,9 @@ def attention_at_layer(
         return _gather(_combine_separate_runs(decoder, mask, prompt_cache, inputs), order.argsort(dim=1))
     cache = prompt_cache.side_by_side(len(attention_mask), layer + 1)
     if has_interface:
-        AttentionInterface.register(_IMPLEMENTATION, _attend)
+        AttentionInterface.register(
+            _IMPLEMENTATION, lambda module, *a, **k: attend(module.config.idp_reader, module, *a, **k)
+        )
         return run(decoder, layer, mask, inputs, cache, _IMPLEMENTATION)
     check_selection_layer(decoder, layer)
     weights = run(decoder, layer, mask, inputs, cache, "eager")  # [B, H, n, S+n]
@@ -135,11 +137,6 @@ def run(decoder, layer: int, mask: BlockMask, inputs: dict, cache: DynamicCache,
         call["position_ids"] = mask.input_positions() if axes is None else axes.movedim(-1, 0) + max(mask.lengths)
     seen = reaches(decoder) if masks_by_reach(decoder) else [EVERYTHING] * (layer + 1)
     return run_until_reached(decoder, layer, implementation, Reader(layer, mask, seen), call)
-
-
-def _attend(module, *args, **kwargs):
-    """The attention function of copied decoders."""
-    return attend(module.config.idp_reader, module, *args, **kwargs)
 
 
 def attend(

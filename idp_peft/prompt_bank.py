@@ -33,6 +33,12 @@ class PromptBank(nn.Embedding):
         """K, the length of the longest prompt: every input starts at position K."""
         return max(self.lengths)
 
+    @torch.no_grad()
+    def load(self, prompts: torch.Tensor | None) -> None:
+        """Take over stored prompts, float `[sum_i k_i, d]`, where there are any and the weight is on a real device."""
+        if prompts is not None and prompts.shape == self.weight.shape and not self.weight.is_meta:
+            self.weight.copy_(prompts)
+
     def embeddings(self) -> torch.Tensor:
         """The embeddings of all prompts, float `[sum_i k_i, d]`.
 

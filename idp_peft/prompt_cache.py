@@ -7,7 +7,7 @@ run through the base model once, alone; a request copies the rows of its chosen 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -174,7 +174,7 @@ class RememberedCache:
             setting = (prompts.device, prompts.dtype, dtype, autocast, tuple(bank.lengths), rotary_length)
             if not self._is_fresh(prompts, setting):
                 self.forget()
-                base = _base_tensors(decoder)
+                base = list(_base_tensors(decoder))
                 self._cache = compute_prompt_cache(decoder, bank, dtype, rotary_length)
                 self._prompts, self._setting = prompts.clone(), setting
                 self._base, self._base_version = base, _version(base)
@@ -193,10 +193,16 @@ class RememberedCache:
         )
 
 
-def _base_tensors(decoder: nn.Module) -> list[torch.Tensor]:
-    """The base's weights, packed ones included; not what its modules compute for themselves (rotary frequencies)."""
-    state = decoder.state_dict(keep_vars=True)
-    return [value for name, value in state.items() if isinstance(value, torch.Tensor) and not name.startswith("idp.")]
+def _base_tensors(decoder: nn.Module) -> Iterator[torch.Tensor]:
+    """The base's weights, packed ones included; not what its modules compute for themselves (rotary frequencies).
+
+    `state_dict(keep_vars=True)` would list the same tensors, and make FSDP2 shard them in the middle of a forward.
+    """
+    for name, module in decoder.named_modules():
+        if not name.startswith("idp"):
+            yield from module.parameters(recurse=False)
+            transient = module._non_persistent_buffers_set
+            yield from (buffer for key, buffer in module.named_buffers(recurse=False) if key not in transient)
 
 
 def _version(tensors: list[torch.Tensor]) -> int:

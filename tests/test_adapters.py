@@ -48,6 +48,20 @@ def saved(make, tmp_path):
     return model, tmp_path / "base", tmp_path / "adapter"
 
 
+@needs_transformers_adapter_methods
+@pytest.mark.parametrize("arch", NAMES)
+def test_transformers_own_loading_brings_the_stored_prompts_on_every_architecture(arch, tmp_path):
+    """transformers 5.0 looks for them under another name where the decoder is called `transformer`."""
+    model = get_peft_model(tiny(arch), IDPConfig(task_type="CAUSAL_LM", num_prompts=2, num_virtual_tokens=3))
+    with torch.no_grad():
+        bank_of(model).weight.normal_()
+    model.save_pretrained(tmp_path)
+    native = tiny(arch)
+    native.load_adapter(str(tmp_path))
+    (layer,) = [module for module in native.modules() if hasattr(module, "idp_prompts")]
+    assert torch.equal(layer.idp_prompts["default"].weight, bank_of(model).weight)
+
+
 def test_an_adapter_is_one_tensor_in_one_safetensors_file(saved):
     from safetensors.torch import load_file
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -83,6 +84,19 @@ def find_file(source: str, subfolder: str | None, hub_arguments: dict, name: str
         return hf_hub_download(source, name, subfolder=subfolder, **hub_arguments)
     except (EntryNotFoundError, HfHubHTTPError, OSError):
         return None
+
+
+def stored_prompts(source: str, subfolder: str | None, hub_arguments: dict) -> torch.Tensor | None:
+    """The prompts in an adapter's file, float `[sum_i k_i, d]`; `None` without a file.
+
+    Args:
+        source (`str`), subfolder (`str`, *optional*), hub_arguments (`dict`): as in [`check_weights`].
+    """
+    path = find_file(source, subfolder, hub_arguments, SAFETENSORS_WEIGHTS_NAME)
+    if path is None:
+        return None
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(next(key for key in file.keys() if key.endswith(_KEY_END)))  # noqa: SIM118
 
 
 def check_shapes(

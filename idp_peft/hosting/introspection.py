@@ -17,6 +17,7 @@ from torch import nn
 
 _GENERATION = "transformers.generation.utils"
 _CONTINUOUS = "transformers.generation.continuous_batching"
+_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
 _STEPS = ("training_step", "prediction_step")
 
 
@@ -53,6 +54,23 @@ def repository_of_trainer(frame: FrameType) -> str | None:
     """
     trainer = frame.f_locals.get("self") if frame.f_code.co_name == "create_model_card" else None
     return getattr(trainer, "hub_model_id", None)
+
+
+def adapter_that_transformers_loads() -> tuple[str, str | None, dict] | None:
+    """Folder or Hub id, sub-folder and Hub arguments of the adapter that transformers' own `load_adapter` loads right now;
+    `None` outside of one.
+
+    Why: on models whose decoder is called `transformer` (GPT-2, BLOOM, Falcon, ...), transformers 5.0 looks for the weights
+    under another name, and leaves the prompts at their starting values with nothing but a report. It can go with
+    transformers 5.0.
+    """
+    native = ("transformers.integrations.peft", "load_adapter")
+    frame = next((f for f in _callers() if (f.f_globals.get("__name__"), f.f_code.co_name) == native), None)
+    source = None if frame is None else frame.f_locals.get("peft_model_id")
+    if source is None or frame.f_locals.get("adapter_state_dict") is not None:
+        return None
+    given = dict(getattr(frame.f_locals.get("load_config"), "download_kwargs", None) or {})
+    return str(source), given.get("subfolder") or None, {name: given[name] for name in _HUB_ARGUMENTS if name in given}
 
 
 def variables_of_generate(model: nn.Module) -> list[dict]:
