@@ -88,9 +88,8 @@ def attention_at_layer(
         return _gather(_combine_separate_runs(decoder, mask, prompt_cache, inputs), order.argsort(dim=1))
     cache = prompt_cache.side_by_side(len(attention_mask), layer + 1)
     if has_interface:
-        AttentionInterface.register(
-            _IMPLEMENTATION, lambda module, *a, **k: attend(module.config.idp_reader, module, *a, **k)
-        )
+        reads = lambda module, *args, **kwargs: attend(module.config.idp_reader, module, *args, **kwargs)  # noqa: E731
+        AttentionInterface.register(_IMPLEMENTATION, reads)
         return run(decoder, layer, mask, inputs, cache, _IMPLEMENTATION)
     check_selection_layer(decoder, layer)
     weights = run(decoder, layer, mask, inputs, cache, "eager")  # [B, H, n, S+n]

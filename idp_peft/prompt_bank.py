@@ -114,8 +114,7 @@ def initial_tokens(config: IDPConfig, embeddings: nn.Module, texts: list[list[in
 
     Args:
         config (`IDPConfig`): the rule and the lengths.
-        embeddings (`nn.Module`): the base's input embedding module. It is *called*, so that whatever scaling it does
-            itself is in the result.
+        embeddings (`nn.Module`): the base's input embedding module. It is *called*, so its own scaling is in the result.
         texts (`list[list[int]]`, *optional*): token ids of each `init_text`. Without them, `init="text"` starts as
             `"vocab"`: of an adapter that is being loaded, the weights follow.
     """
