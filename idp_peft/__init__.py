@@ -16,6 +16,7 @@ _ON_USE = {
     "load": "models.loading",
     "compose": "composition",
     "split": "composition",
+    "fit_centroids": "recover.centroids",
     "selection_report": "analysis",
     "SelectionCallback": "analysis",
 }

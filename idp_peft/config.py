@@ -23,7 +23,7 @@ class IDPPeftType(str, enum.Enum):
 
 
 _CHOICES = {
-    "selection": ("attention", "random", "fixed"),
+    "selection": ("attention", "centroid", "random", "fixed"),
     "selection_reduction": ("mean", "sum"),
     "assignment": ("uniform", "selected", "all"),
     "init": ("vocab", "random", "text"),
@@ -62,9 +62,14 @@ class IDPConfig(PeftConfig):
             is no name: it lets a row choose beside forced ones. Where `prompt_ids` must be a tensor (a dataset's column
             for `Trainer`), [`~IDPConfig.prompt_id`] turns a name into its number.
         selection (`str`, defaults to `"attention"`):
-            Who picks. `"attention"`: the equation above. `"random"`: a hash of the context's token ids and
-            `selection_seed`, so the same input always gets the same prompt, alone or in a batch; the baseline every
-            claim about selection must beat. `"fixed"`: always `fixed_prompt`.
+            Who picks. `"attention"`: the equation above, the paper's. `"centroid"`: the prompt whose training contexts are
+            most like the input, by the cosine of mean input embeddings (`selection.py`); right far more often where
+            inputs differ in kind (`docs/method.md`), and no layer runs for it. `"random"`: a hash of the context's token
+            ids and `selection_seed`, so the same input always gets the same prompt, alone or in a batch; the baseline
+            every claim about selection must beat. `"fixed"`: always `fixed_prompt`.
+        learn_centroids (`bool`, defaults to `True`):
+            Whether `selection="centroid"` learns its centroids while training, from the contexts that train each prompt.
+            [`fit_centroids`] sets them beforehand, and this to `False`: they then stay as they are.
         selection_layer (`int`, defaults to `0`):
             The decoder layer whose attention decides, from `-L` to `L-1` for L layers; negative counts from the end.
             At layer 0 the choice is exact and costs a fraction of one layer, because the input's queries there do not
@@ -113,6 +118,7 @@ class IDPConfig(PeftConfig):
     selection: str = field(
         default="attention", metadata={"help": f"Who picks a prompt: one of {_CHOICES['selection']}."}
     )
+    learn_centroids: bool = field(default=True, metadata={"help": "Learn centroids while training."})
     selection_layer: int = field(default=0, metadata={"help": "Layer whose attention decides; negative from the end."})
     selection_reduction: str = field(default="mean", metadata={"help": f"One of {_CHOICES['selection_reduction']}."})
     selection_seed: int = field(default=0, metadata={"help": "Seed of selection='random' (>= 0)."})
@@ -159,6 +165,11 @@ class IDPConfig(PeftConfig):
             raise ValueError(
                 f"`fixed_prompt` needs selection='fixed', got fixed_prompt={self.fixed_prompt} with "
                 f"selection={self.selection!r}"
+            )
+        if self.selection == "centroid" and self.learn_centroids and self.assignment != "selected":
+            raise ValueError(
+                f"`assignment` must be 'selected' where centroids are learned, got {self.assignment!r}, which trains every prompt "
+                "on every kind of input: set learn_centroids=False, and call `idp_peft.fit_centroids` before training"
             )
         self._check_text_init(from_file)
 

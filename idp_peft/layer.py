@@ -70,7 +70,8 @@ class IDPLayer(nn.Module, BaseTunerLayer):
                 f"an adapter's name must not be empty, have a dot in it, or be an attribute of a torch module, got {name!r}"
             )
         embeddings = self.get_base_layer()
-        bank = PromptBank(config.prompt_lengths, embedding_width(embeddings))
+        has_centroids = config.selection == "centroid"
+        bank = PromptBank(config.prompt_lengths, embedding_width(embeddings), has_centroids=has_centroids)
         if not bank.weight.is_meta:
             if config.init_weights and not embeddings.weight.is_meta:
                 with torch.no_grad():
@@ -166,6 +167,13 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         """Whether a forward of the calling thread builds a graph: prompts then change from step to step."""
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.decoder.parameters())
 
+    @property
+    def learns_centroids(self) -> bool:
+        """Whether a training forward of the calling thread teaches the active bank what inputs its prompts are for."""
+        bank = self.active_bank
+        learns = bank.clusters is not None and self.active_config.learn_centroids
+        return learns and torch.is_grad_enabled() and bank.weight.requires_grad
+
     def prompt_cache_with_graph(self, prompts: torch.Tensor, rotary_length: int | None = None) -> PromptCache:
         """The keys and values of some prompts for one training step: gradients flow through them.
 
@@ -196,6 +204,20 @@ class IDPLayer(nn.Module, BaseTunerLayer):
     def remember(self, selection: Selection) -> None:
         self._last_selection = selection
         _selections()[self] = selection
+
+
+def active_layer(model) -> IDPLayer:
+    """The module that owns a model's prompts.
+
+    Raises:
+        `ValueError`: where the model has none, or its adapter is disabled.
+    """
+    layer = next((module for module in model.modules() if isinstance(module, IDPLayer)), None)
+    if layer is None:
+        raise ValueError(f"a model with an IDP adapter is needed, got {type(model).__name__} without one")
+    if layer.active_name is None:
+        raise ValueError("an active IDP adapter is needed, but adapters are disabled: enable them, or set one")
+    return layer
 
 
 def _selections() -> WeakKeyDictionary:

@@ -20,7 +20,7 @@ from idp_peft.hosting.checkpoint import (
     check_shapes,
     check_weights,
     remove_adapter,
-    stored_prompts,
+    stored_tensors,
 )
 from idp_peft.hosting.init_text import text_token_ids
 from idp_peft.hosting.introspection import adapter_that_transformers_loads, peft_model_under_construction
@@ -110,7 +110,7 @@ class IDPModel(BaseTuner):
         layer.add_bank(adapter_name, peft_config, texts)
         loaded = adapter_that_transformers_loads()
         if loaded is not None:
-            layer.idp_prompts[adapter_name].load(stored_prompts(*loaded))
+            layer.idp_prompts[adapter_name].load(stored_tensors(*loaded))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):

@@ -1,4 +1,4 @@
-"""The prompt bank: the M soft prompts of one adapter, stored end to end, and how they start."""
+"""The prompt bank: the M soft prompts of one adapter, stored end to end, how they start, and what inputs each is for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from torch import nn
 from idp_peft.config import IDPConfig
 from idp_peft.hosting.sharding import is_sharded, whole_shape
 
+_LEARNED = ("centroids", "contexts")
+_SAME = 0.999  # a context whose direction is so near a centroid's is no start for another
+
 
 class PromptBank(nn.Embedding):
     """The soft prompts of one adapter: `weight` is float32 `[sum_i k_i, d]`, prompt after prompt.
@@ -17,11 +20,24 @@ class PromptBank(nn.Embedding):
         lengths (`list[int]`): k_i, the length of each prompt in tokens.
         embedding_dim (`int`): d, the width of the base model's input embeddings.
         device (`torch.device`, *optional*): where the weight lives.
+        has_centroids (`bool`, defaults to `False`): whether the bank says what inputs each prompt is for
+            (`selection="centroid"`): `clusters` is `None` otherwise.
     """
 
-    def __init__(self, lengths: list[int], embedding_dim: int, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        lengths: list[int],
+        embedding_dim: int,
+        device: torch.device | None = None,
+        has_centroids: bool = False,
+    ) -> None:
         super().__init__(sum(lengths), embedding_dim, device=device, dtype=torch.float32)
         self.lengths = list(lengths)
+        self.clusters: Clusters | None = None
+        if has_centroids:
+            self.register_buffer("centroids", torch.zeros(len(lengths), embedding_dim, device=device))
+            self.register_buffer("contexts", torch.zeros(len(lengths), dtype=torch.long, device=device))
+            self.clusters = Clusters(self)
         self.is_new = True  # until it is first applied: a failed load takes a new bank off again
 
     @property
@@ -34,10 +50,33 @@ class PromptBank(nn.Embedding):
         return max(self.lengths)
 
     @torch.no_grad()
-    def load(self, prompts: torch.Tensor | None) -> None:
-        """Take over stored prompts, float `[sum_i k_i, d]`, where there are any and the weight is on a real device."""
-        if prompts is not None and prompts.shape == self.weight.shape and not self.weight.is_meta:
-            self.weight.copy_(prompts)
+    def load(self, stored: dict[str, torch.Tensor]) -> None:
+        """Take over stored tensors of this bank, by name, where they fit and the bank is on a real device."""
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            if name in stored and stored[name].shape == tensor.shape and not tensor.is_meta:
+                tensor.copy_(stored[name])
+
+    def _apply(self, fn, recurse: bool = True) -> PromptBank:
+        learned = {} if self.clusters is None else {name: getattr(self, name) for name in _LEARNED}
+        super()._apply(fn, recurse)
+        for name, exact in learned.items():  # float32, whatever the model is cast to; nor do they go to the meta device
+            device = getattr(self, name).device
+            setattr(self, name, exact if device.type == "meta" else exact.to(device))
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        if self.clusters is not None:
+            self.clusters.settle()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight.is_meta and is_sharded(
+            self.weight
+        ):  # accelerate asks so for what FSDP2 has sharded, which these are not
+            for name in _LEARNED:
+                destination.pop(f"{prefix}{name}", None)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+        missing_keys[:] = [key for key in missing_keys if key.removeprefix(prefix) not in _LEARNED]
 
     def embeddings(self) -> torch.Tensor:
         """The embeddings of all prompts, float `[sum_i k_i, d]`.
@@ -106,6 +145,112 @@ class PromptBank(nn.Embedding):
         slots = torch.arange(self.max_length, device=device)
         lengths = torch.tensor(self.lengths, device=device)
         return slots >= self.max_length - lengths[:, None]
+
+
+class Clusters:
+    """What inputs each prompt is for: its centroid c_i is the mean of m(x) over the contexts that trained prompt i.
+
+    m(x) is the mean input embedding of a context. Centroids are learned by online k-means (MacQueen, 1967): each context
+    moves its prompt's centroid by 1/n of the way, n being how many that prompt has had. They move when an optimiser step
+    has ended, so that accumulated batches and several processes give what one large batch gives. They start at contexts of
+    the first step that are as different as can be; a centroid that has none takes the context that fits worst.
+
+    Args:
+        bank (`PromptBank`): it keeps `centroids`, float32 `[M, d]`, and `contexts`, int64 `[M]`, how many each has had.
+    """
+
+    def __init__(self, bank: PromptBank) -> None:
+        self.bank = bank
+        self._noted: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._prompts: torch.Tensor | None = None
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.bank.centroids
+
+    @property
+    def contexts(self) -> torch.Tensor:
+        return self.bank.contexts
+
+    @property
+    def known(self) -> bool:
+        """Whether any prompt has a centroid."""
+        return bool(self.contexts.any())
+
+    def scores(self, means: torch.Tensor) -> torch.Tensor:
+        """cos(m(x) - mu, c_i - mu), float32 `[batch, M]`; mu is the mean of the centroids. -1 for a prompt without one.
+
+        Args:
+            means (`torch.Tensor`): m(x), float32 `[batch, d]`.
+        """
+        has_one = self.contexts > 0
+        centre = self.mean[has_one].mean(0)
+        scores = nn.functional.cosine_similarity((means - centre)[:, None], (self.mean - centre)[None], dim=-1)
+        return scores.masked_fill(~has_one, -1.0)
+
+    @torch.no_grad()
+    def set(self, prompt_ids: torch.Tensor, means: torch.Tensor) -> None:
+        """Make the centroids those of these contexts, in place of what they are.
+
+        Args:
+            prompt_ids (`torch.Tensor`): int64 `[contexts]`, from 0 to M-1.
+            means (`torch.Tensor`): m(x), float32 `[contexts, d]`.
+        """
+        self._noted = []
+        self.mean.zero_()
+        self.contexts.zero_()
+        self._move(prompt_ids.to(self.mean.device), means.to(self.mean.device, torch.float32))
+
+    def note(self, prompt_ids: torch.Tensor, is_free: torch.Tensor, means: torch.Tensor, prompts: torch.Tensor) -> None:
+        """Note the contexts of a training batch; [`settle`] moves the centroids.
+
+        Args:
+            prompt_ids (`torch.Tensor`): int64 `[batch]`, which prompt each trains; below 0: there was nothing to choose by.
+            is_free (`torch.Tensor`): bool `[batch]`, whether the row was left to choose.
+            means (`torch.Tensor`): m(x), float32 `[batch, d]`.
+            prompts (`torch.Tensor`): the bank's embeddings, which tell when the step has ended: they change then.
+        """
+        if not self._noted:
+            self._prompts = prompts.detach().clone()
+        self._noted.append((prompt_ids, is_free, means))
+
+    @torch.no_grad()
+    def settle(self, prompts: torch.Tensor | None = None) -> None:
+        """Move the centroids by what was noted, once the step has ended (without `prompts`: at once)."""
+        if not self._noted or (prompts is not None and torch.equal(prompts, self._prompts)):
+            return
+        prompt_ids, is_free, means = (torch.cat(part).to(self.mean.device) for part in zip(*self._noted, strict=True))
+        self._noted, self._prompts = [], None
+        waits = prompt_ids < 0
+        self._move(prompt_ids[~waits], means[~waits])
+        started = self._start_empty(means[waits] if waits.any() else means[is_free])
+        if waits.any():
+            nearest = self.scores(means[waits]).argmax(-1)
+            self.contexts[started] = 0  # what they start at is among those that wait
+            self._move(nearest, means[waits])
+
+    def _move(self, prompt_ids: torch.Tensor, means: torch.Tensor) -> None:
+        """Each context moves its prompt's centroid."""
+        here = prompt_ids.bincount(minlength=len(self.contexts))
+        total = self.mean * self.contexts[:, None]
+        total.index_add_(0, prompt_ids, means)
+        self.contexts.add_(here)
+        self.mean.copy_(torch.where(here[:, None] > 0, total / self.contexts.clamp(min=1)[:, None], self.mean))
+
+    def _start_empty(self, means: torch.Tensor) -> list[int]:
+        """Give prompts without a centroid one: of the contexts `[contexts, d]`, each time the one that fits worst."""
+        started = []
+        centre = self.mean[self.contexts > 0].mean(0) if self.known else means.mean(0)
+        directions = nn.functional.normalize(means - centre, dim=-1)
+        for prompt in (self.contexts == 0).nonzero().flatten().tolist():
+            taken = nn.functional.normalize(self.mean[self.contexts > 0] - centre, dim=-1)
+            fit = (directions @ taken.T).max(-1).values if len(taken) else -(means - centre).norm(dim=-1)
+            if not len(fit) or fit.min() > _SAME:
+                break
+            self.mean[prompt] = means[fit.argmin()]
+            self.contexts[prompt] = 1
+            started.append(prompt)
+        return started
 
 
 @torch.no_grad()

@@ -1,22 +1,30 @@
 """Which prompt an input gets.
 
-    i*(x) = argmax_i  mean_{heads, t in ctx(x), j <= k_i}  A[t, (i, j)]
+    i*(x) = argmax_i  mean_{heads, t in ctx(x), j <= k_i}  A[t, (i, j)]                    selection="attention"
+    i*(x) = argmax_i  cos(m(x) - mu, c_i - mu),   m(x) = mean_{t in ctx(x)} E(x_t)         selection="centroid"
 
 `A` is the attention of the selection layer when all M prompts stand in front of the input at once, in one softmax, and no
 prompt sees another. Each prompt ends right before the input: prompt i has positions K-k_i .. K-1, the input starts at K.
-`ctx(x)` are the tokens that the choice may look at. `probe.py` computes A; [`select`] makes every choice of this package.
+`ctx(x)` are the tokens that the choice may look at. `probe.py` computes A.
+
+`E` is the input embedding, `c_i` the mean of m(x) over the contexts that trained prompt i, and `mu` the mean of the `c_i`
+(`prompt_bank.py` learns them). No layer runs for that choice.
+
+[`select`] makes every choice of this package.
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from idp_peft.hosting.checks import checked_tokens
+from idp_peft.hosting.decoder_copy import without_noise
 from idp_peft.hosting.prompt_ids import AUTO, CHOOSES, check_prompt_ids
-from idp_peft.hosting.sharding import place_in_batch
+from idp_peft.hosting.sharding import from_all_processes, place_in_batch
 from idp_peft.probe import attention_on_bank
 
 
@@ -72,28 +80,40 @@ def select(
         `ValueError`: for an empty input, a row without a token to choose by, more tokens than the base has positions, or
             `prompt_ids` that are none.
     """
-    config = layer.active_config
+    config, clusters = layer.active_config, layer.active_bank.clusters
     mask = checked_tokens(layer.decoder, layer.active_bank.max_length, inputs, attention_mask)
-    arguments = (layer, inputs, mask, selection_mask, labels, training)
-    if prompt_ids is None:
-        return replace(_assign_or_choose(*arguments), prompt_names=config.prompt_names)
-    forced = check_prompt_ids(prompt_ids, len(mask), config.num_prompts, config.prompt_names)
-    rows = (forced == CHOOSES).nonzero().flatten().cpu()
-    if not len(rows):
-        return Selection(forced, prompt_names=config.prompt_names)
-    chosen = _assign_or_choose(*arguments, rows)
-    forced = forced.to(chosen.prompt_ids.device, copy=True)
-    forced[rows] = chosen.prompt_ids
-    scores = chosen.scores
-    if scores is not None:
-        scores = scores.new_full((len(forced), config.num_prompts), torch.nan)
-        scores[rows] = chosen.scores
-    return Selection(forced, scores, config.prompt_names)
+    learns = training and layer.learns_centroids
+    if learns:
+        clusters.settle(layer.active_bank.embeddings())
+    elif clusters is not None and not training:
+        clusters.settle()
+    asked = AUTO if prompt_ids is None else prompt_ids
+    selected = check_prompt_ids(asked, len(mask), config.num_prompts, config.prompt_names).to(mask.device, copy=True)
+    is_free = selected == CHOOSES
+    rows = is_free.nonzero().flatten().cpu()
+    scores = None
+    if len(rows):
+        chosen = _assign_or_choose(layer, inputs, mask, selection_mask, labels, training, rows)
+        selected[rows] = chosen.prompt_ids.to(mask.device)
+        if chosen.scores is not None:
+            scores = chosen.scores.new_full((len(mask), config.num_prompts), torch.nan)
+            scores[rows] = chosen.scores
+    if learns:
+        trained = selected if clusters.known else torch.where(is_free, CHOOSES, selected)
+        context = _context(mask, selection_mask, labels)
+        has_context = context.any(-1)
+        noted = (
+            trained[has_context],
+            is_free[has_context],
+            mean_embeddings(layer.get_base_layer(), inputs, context, has_context),
+        )
+        clusters.note(*from_all_processes(*noted), layer.active_bank.embeddings())
+    return Selection(selected, scores, config.prompt_names)
 
 
-def _assign_or_choose(layer, inputs, mask, selection_mask, labels, training, rows=None) -> Selection:
-    """The prompts of rows that are not forced: int64 `rows`, on the CPU; all rows by default."""
-    config, count = layer.active_config, len(mask) if rows is None else len(rows)
+def _assign_or_choose(layer, inputs, mask, selection_mask, labels, training, rows) -> Selection:
+    """The prompts of the rows that are not forced: int64 `rows`, on the CPU."""
+    config, count = layer.active_config, len(rows)
     if training and config.num_prompts > 1:
         if config.assignment == "uniform":
             return Selection(deal_evenly(count, config.num_prompts, *place_in_batch()))
@@ -107,13 +127,50 @@ def _assign_or_choose(layer, inputs, mask, selection_mask, labels, training, row
     if not config.chooses:
         return Selection(torch.full((count,), config.fixed_prompt, device=mask.device))
     context = context_tokens(mask, selection_mask, labels, rows)
-    if rows is not None:
+    if count < len(mask):
         inputs, mask = {name: value[rows] for name, value in inputs.items()}, mask[rows]
     if config.selection == "random":
         return Selection(random_prompts(_content(inputs), context, config.num_prompts, config.selection_seed))
+    if config.selection == "centroid":
+        return _choose_by_centroid(layer, inputs, context, training)
     on_prompts = attention_on_bank(layer, layer.selection_layer, inputs, mask)  # [B, n, M]
     scores = scores_from_attention(on_prompts, context, layer.active_bank.lengths, config.selection_reduction)
     return Selection(scores.argmax(-1), scores)
+
+
+def _choose_by_centroid(layer, inputs: dict, context: torch.Tensor, training: bool) -> Selection:
+    clusters = layer.active_bank.clusters
+    if clusters.known:
+        means = mean_embeddings(layer.get_base_layer(), inputs, context)
+        scores = checked_scores(clusters.scores(means), "mean input embedding")
+        return Selection(scores.argmax(-1), scores)
+    if training and layer.learns_centroids:  # the first step: its contexts start the centroids
+        return Selection(random_prompts(_content(inputs), context, layer.active_config.num_prompts, 0))
+    raise ValueError(
+        "this adapter has no centroids yet, so no input can choose a prompt: train it, or call "
+        "`idp_peft.fit_centroids(model, dataset)`, or force `prompt_ids`"
+    )
+
+
+@torch.no_grad()
+def mean_embeddings(
+    embeddings: nn.Module, inputs: dict, context: torch.Tensor, rows: torch.Tensor | None = None
+) -> torch.Tensor:
+    """m(x), the mean input embedding of each row's context, float32 `[batch, d]`. Each row is computed alone.
+
+    Args:
+        embeddings (`nn.Module`): the base's input embeddings.
+        inputs (`dict`): `input_ids` `[batch, n]` or `inputs_embeds` `[batch, n, d]`.
+        context (`torch.Tensor`): bool `[batch, n]`, ctx(x), at least one token per row.
+        rows (`torch.Tensor`, *optional*): bool `[batch]`, the rows to compute; all by default.
+    """
+    embeds = inputs.get("inputs_embeds")
+    if embeds is None:
+        embeds = without_noise(embeddings)(inputs["input_ids"])
+    context = context.to(embeds.device)
+    wanted = range(len(context)) if rows is None else rows.nonzero().flatten().tolist()
+    means = [embeds[row][context[row]].float().mean(0) for row in wanted]
+    return torch.stack(means) if means else embeds.new_zeros(0, embeds.shape[-1], dtype=torch.float32)
 
 
 def scores_from_attention(
@@ -135,11 +192,20 @@ def scores_from_attention(
     scores = (on_prompts * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
     if reduction == "mean":
         scores = scores / torch.tensor(lengths, device=scores.device, dtype=scores.dtype)
+    return checked_scores(scores, "attention at the selection layer")
+
+
+def checked_scores(scores: torch.Tensor, of: str) -> torch.Tensor:
+    """Scores `[batch, M]`, none of them NaN.
+
+    Raises:
+        `ValueError`: where one is, because the model's own numbers overflow.
+    """
     if scores.isnan().any():
         rows = scores.isnan().any(-1).nonzero().flatten().tolist()
         raise ValueError(
-            f"the selection layer's attention is NaN in row(s) {rows}, so no prompt can be chosen: the model's numbers overflow "
-            f"or hold NaN; load it in bfloat16 or float32, or force `prompt_ids`"
+            f"the {of} is NaN in row(s) {rows}, so no prompt can be chosen: the model's numbers overflow or hold NaN; load it "
+            "in bfloat16 or float32, or force `prompt_ids`"
         )
     return scores
 
@@ -161,25 +227,34 @@ def context_tokens(
     Raises:
         `ValueError`: where a row that chooses has no token to choose by.
     """
+    context = _context(attention_mask, selection_mask, labels)
+    context = context if rows is None else context[rows]
+    if not (has_context := context.any(-1)).all():
+        empty = (~has_context).nonzero().flatten().cpu()
+        where = (empty if rows is None else rows[empty]).tolist()
+        if selection_mask is None:
+            raise ValueError(f"`attention_mask` has no real token in row(s) {where}: drop them, or force `prompt_ids`")
+        raise ValueError(
+            f"`selection_mask` leaves no token to choose a prompt by in row(s) {where}: mark at least one real token"
+        )
+    return context
+
+
+def _context(attention_mask: torch.Tensor, selection_mask, labels) -> torch.Tensor:
+    """As [`context_tokens`], where a row may have none."""
     given = attention_mask.bool()
-    context, hint = given, "`attention_mask` has no real token in row(s) {rows}: drop them, or force `prompt_ids`"
     if selection_mask is not None:
         if selection_mask.shape != given.shape:
             raise ValueError(
                 f"`selection_mask` must have the input's shape {list(given.shape)}, got {list(selection_mask.shape)}"
             )
-        context = given & selection_mask.to(given.device).bool()
-        hint = "`selection_mask` leaves no token to choose a prompt by in row(s) {rows}: mark at least one real token"
-    elif labels is not None:
-        labelled = labels.to(given.device) != -100
-        before = labelled.long().cumsum(-1) == 0  # [B, n]
-        context = given & before & labelled.any(-1, keepdim=True)
-        context = torch.where(context.any(-1, keepdim=True), context, given)
-    context = context if rows is None else context[rows]
-    if not (has_context := context.any(-1)).all():
-        empty = (~has_context).nonzero().flatten().cpu()
-        raise ValueError(hint.format(rows=(empty if rows is None else rows[empty]).tolist()))
-    return context
+        return given & selection_mask.to(given.device).bool()
+    if labels is None:
+        return given
+    labelled = labels.to(given.device) != -100
+    before = labelled.long().cumsum(-1) == 0  # [B, n]
+    context = given & before & labelled.any(-1, keepdim=True)
+    return torch.where(context.any(-1, keepdim=True), context, given)
 
 
 def random_prompts(content: torch.Tensor, context: torch.Tensor, num_prompts: int, seed: int) -> torch.Tensor:

@@ -243,6 +243,7 @@ def _trained(folder: Path, model, **how) -> Trainer:
 JOBS = {
     "selected": lambda folder, base: loop(folder, "selected", base=base),
     "uniform": lambda folder, base: loop(folder, "uniform", base=base),
+    "centroid": lambda folder, base: loop(folder, "selected", base=base, selection="centroid"),
     "all": lambda folder, base: loop(folder, "all", base=base),
     "checkpointing": lambda folder, base: loop(folder, "selected", base=base, checkpointing=True),
     "deeper": lambda folder, base: loop(folder, "selected", base=base, selection_layer=-1),
@@ -254,6 +255,7 @@ JOBS = {
     "gemma2": lambda folder, base: loop(folder, "selected", architecture="gemma2"),
     "gemma3n": lambda folder, base: loop(folder, "selected", architecture="gemma3n"),
     "trainer": lambda folder, base: trainer(folder, "uniform", base=base),
+    "trainer_centroid": lambda folder, base: trainer(folder, "selected", base=base, selection="centroid"),
     "trainer_selected": lambda folder, base: trainer(folder, "selected", base=base),
 }
 

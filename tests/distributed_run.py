@@ -13,6 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from idp_peft.hosting.checkpoint import bank_tensors
 from tests import distributed_job
 from tests.patience import PATIENCE
 from tests.tiny import tiny
@@ -79,8 +80,12 @@ def in_one_process(folder: Path, jobs: list[str]) -> dict[str, dict]:
 
 
 def prompts_in(folder: Path) -> torch.Tensor:
-    (tensor,) = load_file(folder / "adapter_model.safetensors").values()
-    return tensor
+    return saved_in(folder)["weight"]
+
+
+def saved_in(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a saved bank, by its own names."""
+    return bank_tensors(load_file(folder / "adapter_model.safetensors"))
 
 
 def close(found, expected, tolerance: float) -> bool:

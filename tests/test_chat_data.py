@@ -8,7 +8,6 @@ import random
 import pytest
 import torch
 
-from idp_peft.analysis.examples import read_examples
 from idp_peft.compression.calibration import calibration_chunks
 from idp_peft.evaluation.documents import cut_texts, score_documents
 from idp_peft.recover import recover
@@ -16,6 +15,7 @@ from idp_peft.recover.adapter import starting_texts
 from idp_peft.recover.training import training_examples
 from idp_peft.texts.chats import Chat, assistant_only
 from idp_peft.texts.data import blocks, load_texts
+from idp_peft.texts.examples import read_examples
 from tests.commands import run_evaluate, run_recover
 from tests.tiny import tiny
 from tests.tokenizers_in_use import BOS, EOS, make

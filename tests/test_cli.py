@@ -54,7 +54,8 @@ def test_threads_sleep_while_they_wait_unless_told_otherwise(given, expected, tm
         "class Watch:\n"
         "    def find_spec(self, name, *_):\n"
         "        if name == 'torch':\n"
-        "            print('torch sees', os.environ.get('OMP_WAIT_POLICY'))\n"
+        "            print('torch sees', os.environ.get('OMP_WAIT_POLICY'), flush=True)\n"
+        "            os._exit(0)\n"
         "sys.meta_path.insert(0, Watch())\n"
         "main(sys.argv[1:])"
     )

@@ -21,6 +21,7 @@ from tests.distributed_run import (
     in_one_process,
     in_two_processes,
     prompts_in,
+    saved_in,
     skip_without_fsdp2_on_a_cpu,
 )
 from tests.tiny import tiny
@@ -28,7 +29,10 @@ from tests.tiny import tiny
 pytestmark = pytest.mark.xdist_group("distributed")  # one launch for all of them
 TOLERANCE, LOGITS = 1e-5, 1e-4
 # The launch costs more than the jobs, so each way is launched once.
-JOBS = {"ddp": ["selected", "all", "trainer"], "fsdp2": ["selected", "uniform", "checkpointing", "trainer"]}
+JOBS = {
+    "ddp": ["selected", "all", "centroid", "trainer"],
+    "fsdp2": ["selected", "uniform", "centroid", "checkpointing", "trainer"],
+}
 SETTINGS = {"ddp": {}, "fsdp2": FSDP2}
 CASES = [(way, job) for way, jobs in JOBS.items() for job in jobs]
 LOOPS = [case for case in CASES if case[1] != "trainer"]
@@ -79,6 +83,16 @@ def test_every_process_chooses_and_generates_as_one_process_does(runs, way, job)
         assert seen["choices"] == expected["choices"]
         assert seen["generated"] == expected["generated"]
         assert close(seen["logits"], expected["logits"], LOGITS)
+
+
+@pytest.mark.parametrize("way", list(JOBS))
+def test_processes_learn_the_centroids_that_one_process_learns(runs, way):
+    runs.two(way)
+    runs.one("centroid")
+    found, expected = saved_in(runs.folder / way / "centroid"), saved_in(runs.folder / "one" / "centroid")
+    assert torch.equal(found["contexts"], expected["contexts"])
+    assert expected["contexts"].sum() == 16, "each example of the run, once"
+    assert close(found["centroids"], expected["centroids"], TOLERANCE)
 
 
 @pytest.mark.parametrize(("way", "job"), LOOPS)

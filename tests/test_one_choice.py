@@ -49,10 +49,16 @@ class Case:
         return RequestPrompter(self.router, ExportedModel.from_folder(folder), max_tokens=32)
 
 
-@pytest.fixture(scope="module", params=[*ARCHITECTURES, *CHANGING_ROTARY, *AROUND_A_DECODER])
+BY_ATTENTION = [*ARCHITECTURES, *CHANGING_ROTARY, *AROUND_A_DECODER]
+BY_CENTROID = [f"{name} by centroid" for name in (*ARCHITECTURES, *AROUND_A_DECODER)]
+
+
+@pytest.fixture(scope="module", params=[*BY_ATTENTION, *BY_CENTROID])
 def case(request, tmp_path_factory) -> Case:
-    folder, name = tmp_path_factory.mktemp(request.param), request.param
-    one = saved(folder, name, tokenizer=tokenizer(), num_prompts=4, num_virtual_tokens=K)
+    name, _, by_centroid = request.param.partition(" by ")
+    folder = tmp_path_factory.mktemp(name)
+    selection = by_centroid or "attention"
+    one = saved(folder, name, tokenizer=tokenizer(), num_prompts=4, num_virtual_tokens=K, selection=selection)
     rows, expected = clear_choices(one.model, candidates(4 if name in ("phi3_longrope", "llama_dynamic") else 1))
     return Case(name, one, rows, expected)
 
@@ -196,6 +202,8 @@ def report(case: Case) -> list[int]:
 
 
 def map_of_attention(case: Case) -> list[int]:
+    if case.one.model.base_model.layer.active_config.selection != "attention":
+        pytest.skip("another rule decides")
     chosen = []
     for batch in batches(case.rows):
         shares = attention_map(case.one.model, **batch) * batch["attention_mask"][..., None]

@@ -55,7 +55,7 @@ def of_perplexity_without_context(tokenizer, tmp_path):
 
 
 def of_reports(tokenizer, tmp_path):
-    from idp_peft.analysis.examples import read_examples
+    from idp_peft.texts.examples import read_examples
 
     rows = read_examples([*texts(2), *({"text": text} for text in texts(2))], tokenizer)
     return [row.input_ids for row in rows]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 
-from idp_peft import IDPConfig
+from idp_peft import IDPConfig, fit_centroids
 from idp_peft.models.loading import load_model
 from tests.tiny import tiny
 from tests.tiny_chats import chat_tokenizer
@@ -57,6 +57,13 @@ def saved(folder: Path, name: str = "llama", tied: bool = False, tokenizer=None,
         warnings.simplefilter("ignore")
         config = {"num_prompts": 3, "num_virtual_tokens": 4, **config}
         adapted = get_peft_model(base, IDPConfig(task_type="CAUSAL_LM", **config)).eval()
+    if config.get("selection") == "centroid":
+        per_prompt = 90 // config["num_prompts"]
+        rows = [
+            {"input_ids": [2 + i * per_prompt + j for j in range(per_prompt)], "prompt_ids": i}
+            for i in range(config["num_prompts"])
+        ]
+        fit_centroids(adapted, rows)
     adapted.save_pretrained(folder / "adapter")
     return Saved(adapted, folder / "base", folder / "adapter")
 

@@ -10,6 +10,7 @@ import importlib
 
 # name -> the module that defines it
 _ON_USE = {
+    "Cluster": "clusters",
     "ExamplePatterns": "taps",
     "PatternComparison": "pattern_comparison",
     "PatternRecording": "recording",

@@ -9,9 +9,10 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
-from idp_peft.analysis.examples import read_examples
-from idp_peft.analysis.measure import active_layer, measure
+from idp_peft.analysis.measure import measure
 from idp_peft.analysis.quietly import same_random_numbers
+from idp_peft.layer import active_layer
+from idp_peft.texts.examples import read_examples
 
 logger = logging.getLogger(__name__)
 

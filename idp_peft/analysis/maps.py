@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from idp_peft.analysis.measure import active_layer
 from idp_peft.hosting.architectures import check_selection_layer, find_blocks
 from idp_peft.hosting.checks import checked_tokens
+from idp_peft.layer import active_layer
 from idp_peft.probe import attention_on_bank
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from idp_peft.analysis.examples import IGNORED, Example, collate, read_examples
+from idp_peft.analysis.clusters import describe_clusters
 from idp_peft.analysis.quietly import quietly
 from idp_peft.analysis.report import SelectionReport
 from idp_peft.evaluation.prompted import input_logits
-from idp_peft.layer import IDPLayer
+from idp_peft.layer import IDPLayer, active_layer
 from idp_peft.selection import context_tokens, select
+from idp_peft.texts.examples import IGNORED, Example, collate, read_examples
 
 _BAR_AFTER = 5  # seconds
 
@@ -58,15 +59,14 @@ def selection_report(
     Warns:
         `UserWarning`: names the prompts that no example chose, and says what to do.
     """
-    report = measure(
-        model, read_examples(dataset, tokenizer, group, max_examples), oracle=oracle, batch_size=batch_size
-    )
+    examples = read_examples(dataset, tokenizer, group, max_examples)
+    report = measure(model, examples, oracle=oracle, batch_size=batch_size, tokenizer=tokenizer)
     if (text := report.warning) is not None:
         warnings.warn(text, UserWarning, stacklevel=2)
     return report
 
 
-def measure(model, examples: list[Example], *, oracle: bool, batch_size: int) -> SelectionReport:
+def measure(model, examples: list[Example], *, oracle: bool, batch_size: int, tokenizer=None) -> SelectionReport:
     """[`selection_report`] of examples that were read, without its warning."""
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
@@ -80,6 +80,7 @@ def measure(model, examples: list[Example], *, oracle: bool, batch_size: int) ->
     prompt_ids, reads_labels = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=bool)
     scores = np.zeros((count, config.num_prompts), dtype=np.float32)
     nats, tokens = np.zeros((count, config.num_prompts)), np.zeros(count, dtype=np.int64)
+    contexts: list[list[int]] = [[] for _ in range(count)]
     with quietly(model, layer), tqdm(total=len(batches) * passes, desc="selection", delay=_BAR_AFTER) as bar:
         for rows in batches:
             batch = {name: value.to(_device(layer)) for name, value in collate([examples[i] for i in rows]).items()}
@@ -88,6 +89,10 @@ def measure(model, examples: list[Example], *, oracle: bool, batch_size: int) ->
             selection = select(layer, inputs, *masks)
             prompt_ids[rows] = selection.prompt_ids.cpu().numpy()
             scores = None if selection.scores is None else _put(scores, rows, selection.scores)
+            if config.selection == "centroid":
+                steers = context_tokens(*masks)
+                for row, ids, where in zip(rows, batch["input_ids"], steers, strict=True):
+                    contexts[row] = ids[where].tolist()
             if has_labels:
                 reads_labels[rows] = _reads_labels(batch).cpu().numpy()
             bar.update()
@@ -111,21 +116,12 @@ def measure(model, examples: list[Example], *, oracle: bool, batch_size: int) ->
         tokens=tokens if oracle else None,
         groups=[example.group for example in examples] if any(e.group is not None for e in examples) else None,
         reads_labels=int(reads_labels.sum()),
+        clusters=(
+            describe_clusters(contexts, prompt_ids, scores, tokenizer)
+            if config.selection == "centroid" and scores is not None
+            else None
+        ),
     )
-
-
-def active_layer(model) -> IDPLayer:
-    """The module that owns a model's prompts.
-
-    Raises:
-        `ValueError`: where the model has none, or its adapter is disabled.
-    """
-    layer = next((module for module in model.modules() if isinstance(module, IDPLayer)), None)
-    if layer is None:
-        raise ValueError(f"the report needs a model with an IDP adapter, got {type(model).__name__} without one")
-    if layer.active_name is None:
-        raise ValueError("the report needs an active IDP adapter, but adapters are disabled: enable them, or set one")
-    return layer
 
 
 def _check_columns(examples: list[Example], oracle: bool) -> None:

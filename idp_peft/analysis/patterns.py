@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from tqdm.auto import tqdm
 
 from idp_peft.analysis.comparing import Comparing
-from idp_peft.analysis.examples import Example, read_examples
 from idp_peft.analysis.pattern_comparison import PatternComparison
 from idp_peft.analysis.recording import PatternRecording, checked_parts, checked_size, patterns_of, unpadded
 from idp_peft.analysis.taps import PARTS, ExamplePatterns
+from idp_peft.texts.examples import Example, read_examples
 
 _BAR_AFTER = 5  # seconds
 

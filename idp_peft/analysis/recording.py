@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from tqdm.auto import tqdm
 
-from idp_peft.analysis.examples import Example, collate, read_examples
 from idp_peft.analysis.quietly import quietly, same_random_numbers
 from idp_peft.analysis.taps import PARTS, ExamplePatterns, tapped
 from idp_peft.evaluation.prompted import idp_layer
 from idp_peft.hosting.architectures import find_decoder, forward_parameters
 from idp_peft.selection import context_tokens
+from idp_peft.texts.examples import Example, collate, read_examples
 
 _BAR_AFTER = 5  # seconds
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from idp_peft.analysis.clusters import Cluster
 from idp_peft.analysis.information import chance_information, entropy, joint_counts, mutual_information
 from idp_peft.report.choices import ORACLE, RANDOM, SAME_ITEMS, SINGLE, other_uses
 
@@ -31,6 +32,8 @@ class SelectionReport:
         groups (`list`, *optional*): N values of the group.
         reads_labels (`int`): examples whose choice reads tokens that are to be predicted, because no context stands
             before them: their loss under free choice is better than it would be in use.
+        clusters (`list[Cluster]`, *optional*): of each of M prompts, the most telling tokens of what chose it, and the examples
+            nearest to its centroid; `None` unless `selection` is `"centroid"`.
     """
 
     prompt_ids: np.ndarray
@@ -43,6 +46,7 @@ class SelectionReport:
     tokens: np.ndarray | None = None
     groups: list | None = None
     reads_labels: int = 0
+    clusters: list[Cluster] | None = None
 
     # ------------------------------------------------------------------ how often
 

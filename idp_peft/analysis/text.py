@@ -18,6 +18,11 @@ def never_chosen_text(report) -> str | None:
     if report.selection == "random":
         return said + "With selection='random' that is chance: measure on more examples."
     used = report.num_prompts - len(missing)
+    if report.selection == "centroid":
+        return (
+            f"{said}These examples hold nothing of the kinds that these prompts are for. Where the training data should, "
+            "set the centroids by it (`idp_peft.fit_centroids`), or name the kinds (`prompt_ids`)."
+        )
     if report.assignment == "selected":
         advice = (
             f"With assignment='selected', a prompt that is not chosen does not learn either: train with fewer prompts "
@@ -54,7 +59,7 @@ def report_text(report) -> str:
     lines.append(
         f"entropy         {report.entropy:.3f} nats, {100 * report.normalized_entropy:.0f} % of log M (100 %: all alike)"
     )
-    lines += _margin_line(report) + _oracle_lines(report) + _group_lines(report)
+    lines += _margin_line(report) + _oracle_lines(report) + _group_lines(report) + _cluster_lines(report)
     if (warning := report.warning) is not None:
         lines.append(f"Warning: {warning}")
     return "\n".join(lines)
@@ -129,4 +134,16 @@ def _group_lines(report) -> list[str]:
         lines.append(f"  {group!s:13} {said} ({row.sum()} examples)")
     if len(names) > _SHOWN:
         lines.append(f"  ... and {len(names) - _SHOWN} more groups")
+    return lines
+
+
+def _cluster_lines(report) -> list[str]:
+    if report.clusters is None:
+        return []
+    lines = ["most telling tokens of what chose a prompt, and the examples nearest to its centroid:"]
+    for prompt, cluster in list(enumerate(report.clusters))[:_SHOWN]:
+        if cluster.examples:
+            tokens = " ".join(repr(token) for token in cluster.tokens[:6])
+            examples = ", ".join(map(str, cluster.examples[:3]))
+            lines.append(f"  {_name(report, prompt):13} {tokens} (examples {examples})")
     return lines

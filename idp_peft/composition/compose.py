@@ -7,13 +7,12 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from peft import PromptTuningConfig, TaskType, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from idp_peft.composition.base_skeleton import BaseNotFound, is_same_place, position_counts_bank, shared_base
-from idp_peft.composition.prompt_sources import PromptSource, distinct, read_prompts
+from idp_peft.composition.prompt_sources import PromptSource, distinct, fill, read_prompts
 from idp_peft.config import IDPConfig
 
 # What the adapters say, and the arguments of `compose` for it.
@@ -26,7 +25,15 @@ _GIVEN = {
     "init": "adapters",
 }
 # Where all banks among the adapters agree, the new one does as they do.
-_INHERITED = ("selection", "selection_layer", "selection_reduction", "selection_seed", "assignment", "revision")
+_INHERITED = (
+    "selection",
+    "learn_centroids",
+    "selection_layer",
+    "selection_reduction",
+    "selection_seed",
+    "assignment",
+    "revision",
+)
 
 
 def compose(adapters, output_dir, names=None, base_model=None, **config_fields) -> IDPConfig:
@@ -52,6 +59,9 @@ def compose(adapters, output_dir, names=None, base_model=None, **config_fields) 
             not touched; its weights are not needed). Defaults to the one that the adapters name.
         config_fields: further fields of [`IDPConfig`], such as `selection_layer`. By default those on which all banks among
             the adapters agree, else `IDPConfig`'s own.
+
+    Banks that choose by centroids (`selection="centroid"`) keep what they learned of their inputs: prompts that were trained
+    apart, each on its own kind of text, are then chosen by kind, with no further training.
 
     Where one prompt is not exactly what it was: with learned positions (GPT-2, OPT), and rotary frequencies that follow
     the length, every input starts at position K, that of the bank's longest prompt, as the definition of the method has
@@ -93,8 +103,7 @@ def compose(adapters, output_dir, names=None, base_model=None, **config_fields) 
     )
     _warn_of_positions(base, sources, names, max(lengths))
     model = get_peft_model(base, config)
-    with torch.no_grad():
-        model.base_model.layer.active_bank.weight.copy_(torch.cat(prompts))
+    fill(model.base_model.layer.active_bank, sources)
     model.save_pretrained(output_dir, save_embedding_layers=False)
     return config
 

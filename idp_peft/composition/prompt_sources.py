@@ -17,7 +17,7 @@ from torch import nn
 
 from idp_peft.config import IDPConfig
 from idp_peft.files.error_reason import reason
-from idp_peft.hosting.checkpoint import check_shapes, find_file
+from idp_peft.hosting.checkpoint import bank_tensors, check_shapes, find_file
 from idp_peft.hosting.prompt_ids import AUTO
 
 # What puts embeddings, and nothing else, in front of the input.
@@ -35,6 +35,8 @@ class PromptSource:
         names (`list[str]`): what to call them.
         longest (`int`): K of the adapter they are from: an input behind any of its prompts started at position K.
         model (`nn.Module`, *optional*): the base that the adapter is loaded on.
+        centroids (`torch.Tensor`, *optional*): float32 `[prompts, d]`, what inputs each prompt is for, where the adapter
+            says so; and contexts (`torch.Tensor`, *optional*): int64 `[prompts]`, by how many it was learned.
     """
 
     label: str
@@ -43,6 +45,8 @@ class PromptSource:
     names: list[str]
     longest: int
     model: nn.Module | None = None
+    centroids: torch.Tensor | None = None
+    contexts: torch.Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -52,6 +56,29 @@ class PromptSource:
     def base_name(self) -> str | None:
         """The base that the adapter names, or the one it is loaded on; `None` where neither has a name."""
         return self.config.base_model_name_or_path or getattr(self.model, "name_or_path", None) or None
+
+
+@torch.no_grad()
+def fill(bank, sources: list[PromptSource]) -> None:
+    """Put the prompts of sources, and what inputs they are for, into a bank that has room for them.
+
+    Args:
+        bank (`PromptBank`): the bank.
+
+    Raises:
+        `ValueError`: where the bank chooses by centroids, and a source has none.
+    """
+    bank.weight.copy_(torch.cat([prompt for source in sources for prompt in source.prompts]))
+    if bank.clusters is None:
+        return
+    for source in sources:
+        if source.centroids is None:
+            raise ValueError(
+                f"selection='centroid' needs adapters that say what inputs their prompts are for, and {source.label} does not: "
+                "train it with selection='centroid' (one prompt is enough), or call `idp_peft.fit_centroids` on the composed model"
+            )
+    bank.centroids.copy_(torch.cat([source.centroids for source in sources]))
+    bank.contexts.copy_(torch.cat([source.contexts for source in sources]))
 
 
 def read_prompts(adapter) -> PromptSource:
@@ -97,8 +124,7 @@ def _from_model(model: PeftModel, name: str) -> PromptSource:
     config, label = model.peft_config[name], f"the loaded adapter {name!r}"
     _check_method(config, label)
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    prompts = _prompts(config, tensors, label)
-    return _source(label, config, prompts, "prompt" if name == "default" else name, model.get_base_model())
+    return _source(label, config, tensors, "prompt" if name == "default" else name, model.get_base_model())
 
 
 def _from_files(place: str) -> PromptSource:
@@ -128,7 +154,7 @@ def _from_files(place: str) -> PromptSource:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read and may be truncated: {error}") from error
     stem = Path(place).resolve().name if os.path.isdir(place) else place.rpartition("/")[2]
-    return _source(place, config, _prompts(config, tensors, place), stem)
+    return _source(place, config, tensors, stem)
 
 
 def _why_not(place: str) -> str:
@@ -142,11 +168,13 @@ def _why_not(place: str) -> str:
     return ""
 
 
-def _source(label: str, config, prompts: list[torch.Tensor], stem: str, model=None) -> PromptSource:
-    names = getattr(config, "prompt_names", None)
+def _source(label: str, config, tensors: dict[str, torch.Tensor], stem: str, model=None) -> PromptSource:
+    prompts, names = _prompts(config, tensors, label), getattr(config, "prompt_names", None)
     if names is None:
         names = [stem] if len(prompts) == 1 else [f"{stem}_{number}" for number in range(len(prompts))]
-    return PromptSource(label, config, prompts, list(names), max(map(len, prompts)), model)
+    bank = {name: tensor.detach().to("cpu", copy=True) for name, tensor in bank_tensors(tensors).items()}
+    learned = bank.get("centroids"), bank.get("contexts")
+    return PromptSource(label, config, prompts, list(names), max(map(len, prompts)), model, *learned)
 
 
 def _check_method(config: PeftConfig, label: str) -> None:
@@ -172,8 +200,9 @@ def _prompts(config: PeftConfig, tensors: dict[str, torch.Tensor], label: str) -
     tensors = {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in tensors.items()}
     if isinstance(config, IDPConfig):
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        check_shapes(shapes, config, next(iter(tensors.values())).shape[-1] if tensors else 0, label)
-        return list(next(iter(tensors.values())).split(config.prompt_lengths))
+        bank = bank_tensors(tensors)
+        check_shapes(shapes, config, bank["weight"].shape[-1] if "weight" in bank else 0, label)
+        return list(bank["weight"].split(config.prompt_lengths))
     per_task = config.peft_type.value == "MULTITASK_PROMPT_TUNING"
     expected = {"prompt_embeddings"} | ({"prefix_task_cols", "prefix_task_rows"} if per_task else set())
     if set(tensors) != expected:
@@ -204,4 +233,11 @@ def _take(source: PromptSource, wanted: Iterable[str | int]) -> PromptSource:
         numbers.append(number)
     if not numbers:
         raise ValueError(f"no prompt of {source.label} is taken: name at least one")
-    return replace(source, prompts=[source.prompts[n] for n in numbers], names=[source.names[n] for n in numbers])
+    learned = [None if of is None else of[numbers] for of in (source.centroids, source.contexts)]
+    return replace(
+        source,
+        prompts=[source.prompts[n] for n in numbers],
+        names=[source.names[n] for n in numbers],
+        centroids=learned[0],
+        contexts=learned[1],
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from idp_peft.evaluation.tasks import ALL, LOCAL_TASKS, config, expand_tasks
 from idp_peft.files.error_reason import missing, reason
 
@@ -18,9 +20,7 @@ def check_tasks(tasks) -> list[str]:
         _need_harness()
     others = [name for name in names if name not in LOCAL_TASKS]
     if others:
-        from lm_eval.tasks import TaskManager
-
-        known = set(TaskManager().all_tasks)
+        known = set(_harness_tasks().all_tasks)
         if unknown := [name for name in others if name not in known]:
             raise ValueError(
                 f"`tasks` knows no {', '.join(map(repr, unknown))}: choose from {', '.join(LOCAL_TASKS)}, {ALL} (these ten), "
@@ -49,11 +49,17 @@ def load_tasks(tasks) -> dict:
     return found
 
 
-def _load_from_hub(name: str) -> dict:
+@cache
+def _harness_tasks():
+    """The harness's index of its own tasks: it reads thousands of files for it, so once."""
     from lm_eval.tasks import TaskManager
 
+    return TaskManager()
+
+
+def _load_from_hub(name: str) -> dict:
     try:
-        return TaskManager().load([name])["tasks"]
+        return _harness_tasks().load([name])["tasks"]
     except Exception as error:  # whatever the data's loader raises: it is the user's line that matters
         local = f"local_{name.removesuffix('_openai')}"
         hint = f"; {local} needs no hub" if local in LOCAL_TASKS else ""

@@ -15,6 +15,7 @@ from torch import nn
 from idp_peft.hosting.introspection import adapter_of_auto_class
 
 _KEY_END = "idp.idp_prompts.weight"
+_BANK = "idp.idp_prompts."
 
 
 def check_weights(
@@ -86,17 +87,22 @@ def find_file(source: str, subfolder: str | None, hub_arguments: dict, name: str
         return None
 
 
-def stored_prompts(source: str, subfolder: str | None, hub_arguments: dict) -> torch.Tensor | None:
-    """The prompts in an adapter's file, float `[sum_i k_i, d]`; `None` without a file.
+def stored_tensors(source: str, subfolder: str | None, hub_arguments: dict) -> dict[str, torch.Tensor]:
+    """The tensors of the bank in an adapter's file, by the bank's own names; empty without a file.
 
     Args:
         source (`str`), subfolder (`str`, *optional*), hub_arguments (`dict`): as in [`check_weights`].
     """
     path = find_file(source, subfolder, hub_arguments, SAFETENSORS_WEIGHTS_NAME)
     if path is None:
-        return None
+        return {}
     with safe_open(path, framework="pt") as file:
-        return file.get_tensor(next(key for key in file.keys() if key.endswith(_KEY_END)))  # noqa: SIM118
+        return bank_tensors({key: file.get_tensor(key) for key in file.keys() if _BANK in key})  # noqa: SIM118
+
+
+def bank_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those tensors of an adapter that are its bank's, by the bank's own names (`"weight"`, `"centroids"`, ...)."""
+    return {key.rpartition(_BANK)[2]: tensor for key, tensor in tensors.items() if _BANK in key}
 
 
 def check_shapes(
@@ -104,7 +110,7 @@ def check_shapes(
 ) -> None:
     """Check the tensors of an adapter by name and shape.
 
-    An adapter holds its prompts and nothing else, but for the base's embeddings where PEFT saved them too: it does so
+    An adapter holds its bank and nothing else, but for the base's embeddings where PEFT saved them too: it does so
     with `save_embedding_layers=True`, and by itself where they were resized for new tokens.
 
     Args:
@@ -120,7 +126,8 @@ def check_shapes(
     ours = [key for key in shapes if key.endswith(_KEY_END)]
     if not ours:
         raise ValueError(f"{source} has no prompts: expected a tensor named '...{_KEY_END}', found {sorted(shapes)}")
-    others = sorted(set(shapes) - set(ours[:1]))
+    place = ours[0].removesuffix("weight")
+    others = sorted(set(shapes) - set(ours[:1]) - {f"{place}{name}" for name in _beside_prompts(config, width)})
     embeddings = {key: shape for key in others if (shape := _embedding_shape(key, model)) is not None}
     if extra := [key for key in others if key not in embeddings or len(shapes[key]) != 2]:
         raise ValueError(f"{source} has unexpected tensors {extra}: an IDP adapter holds its prompts and nothing else")
@@ -131,6 +138,19 @@ def check_shapes(
                 f"`resize_token_embeddings({shapes[key][0]})` on the model first"
             )
     _check_prompts(shapes[ours[0]], config, width, source)
+    for name, expected in _beside_prompts(config, width).items():
+        if (found := shapes.get(f"{place}{name}")) != expected:
+            raise ValueError(
+                f"{source} must hold '{place}{name}' of shape {list(expected)}, by which selection={config.selection!r} chooses, "
+                f"found {'none' if found is None else list(found)}"
+            )
+
+
+def _beside_prompts(config, width: int) -> dict[str, tuple[int, ...]]:
+    """What an adapter holds beside its prompts: name in the bank to shape."""
+    if config.selection != "centroid":
+        return {}
+    return {"centroids": (config.num_prompts, width), "contexts": (config.num_prompts,)}
 
 
 def _check_prompts(found: tuple[int, ...], config, width: int, source: str) -> None:

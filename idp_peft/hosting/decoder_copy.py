@@ -92,13 +92,19 @@ def copy_for_reading(decoder: nn.Module, layer: int, implementation: str, reader
     probe = _copy_around_layers(decoder)
     probe.config = config
     for key, child in probe._modules.items():
-        if isinstance(child, nn.Embedding):  # its hooks stay: they may fetch its weights; noise is for training
-            probe._modules[key] = _shallow_copy(child)
-            probe._modules[key].training = False
+        if isinstance(child, nn.Embedding):
+            probe._modules[key] = without_noise(child)
     probe._modules[name] = nn.ModuleList(
         _copy_block(block, config, number) for number, block in enumerate(blocks[: layer + 1])
     )
     return probe
+
+
+def without_noise(embeddings: nn.Module) -> nn.Module:
+    """A shallow copy of an embedding module to which training adds no noise. Its hooks stay: they may fetch its weights."""
+    copied = _shallow_copy(embeddings)
+    copied.training = False
+    return copied
 
 
 def _copy_around_layers(decoder: nn.Module) -> nn.Module:

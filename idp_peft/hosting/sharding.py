@@ -73,3 +73,18 @@ def place_in_batch() -> tuple[int, int]:
     if state.get("parallelism_config") is not None:
         share = state["parallelism_config"].non_data_parallel_size
     return distributed.get_rank() // share, distributed.get_world_size() // share
+
+
+def from_all_processes(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Rows that processes have of one step, `[rows, ...]` each, put together in the order of the processes. All of them must
+    ask. Without several processes: the tensors themselves."""
+    _, processes = place_in_batch()
+    if processes == 1:
+        return tensors
+    world = torch.distributed.get_world_size()
+    parts = [None] * world
+    torch.distributed.all_gather_object(parts, [tensor.cpu() for tensor in tensors])
+    parts = parts[:: world // processes]  # those that share examples have the same
+    return tuple(
+        torch.cat(part).to(tensor.device) for part, tensor in zip(zip(*parts, strict=True), tensors, strict=True)
+    )

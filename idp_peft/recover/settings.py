@@ -21,6 +21,8 @@ class RecoverSettings:
         temperature (`float`, defaults to `1.0`): of the distillation loss.
         dataset (`str`, defaults to `"wiki"`): what [`load_texts`] takes, or `"self"`: text that the teacher writes.
         dataset_split (`str`), dataset_config (`str`, *optional*), text_column (`str`): as in [`load_texts`].
+        kind_column (`str`, *optional*): the column that says what kind a document is. Each kind trains the prompt of its
+            name, so `num_prompts` is how many kinds there are.
         assistant_only_loss (`bool`, defaults to `False`): predict the assistant's turns of a chat alone.
         eval_share (`float`, defaults to `0.05`): the share of the documents kept for Trainer's evaluation, where it evaluates.
         block_tokens (`int`, defaults to `256`): tokens of a training example.
@@ -30,7 +32,9 @@ class RecoverSettings:
         self_samples (`int`, defaults to `256`): texts that the teacher writes for `dataset="self"`.
         num_prompts (`int`), num_virtual_tokens (`int`), selection (`str`), selection_layer (`int`),
             selection_reduction (`str`), assignment (`str`): as in [`IDPConfig`].
-        init (`str`, defaults to `"corpus"`): how prompts start: `"vocab"`, `"random"`, or the openings of training texts
+            With `"centroid"`, the centroids are set before training ([`fit_centroids`]).
+        init (`str`, defaults to `"corpus"`): how prompts start: `"vocab"`, `"random"`, or the openings of training texts, each
+            of its own kind or cluster where there are such
             (prefix tuning: the teacher's keys and values of them, where there is a teacher).
         match_budget (`bool`, defaults to `False`): give a baseline the size nearest to the bank's parameter count.
         lora_rank (`int`, defaults to `16`), lora_target_modules (`str`, defaults to `"all-linear"`): of LoRA without
@@ -46,6 +50,7 @@ class RecoverSettings:
     dataset_split: str = "train"
     dataset_config: str | None = None
     text_column: str = "text"
+    kind_column: str | None = None
     assistant_only_loss: bool = False
     eval_share: float = 0.05
     block_tokens: int = 256
@@ -74,6 +79,9 @@ class RecoverSettings:
             raise ValueError("`dataset` 'self' needs `teacher`: the model that the text is sampled from")
         if self.dataset == "self" and self.assistant_only_loss:
             raise ValueError("`assistant_only_loss` needs chats, and `dataset` 'self' is text: leave it out")
+        if self.kind_column is not None and (self.dataset == "self" or self.method != "idp"):
+            what = f"`dataset` {self.dataset!r}" if self.dataset == "self" else f"`method` {self.method!r}"
+            raise ValueError(f"`kind_column` says which prompt a document trains, and {what} has none: leave it out")
         if not 1 <= self.context_tokens < self.block_tokens:
             raise ValueError(
                 f"`context_tokens` must be from 1 to block_tokens - 1 = {self.block_tokens - 1}, got {self.context_tokens}"

@@ -12,7 +12,14 @@ from idp_peft.texts.data import Block
 _IGNORED = -100
 
 
-def training_examples(blocks: list[Block | list[int]], context_tokens: int) -> list[dict[str, list[int]]]:
+def kinds_of(blocks: list[Block]) -> list[str]:
+    """The kinds of blocks, in alphabetical order: the names of the prompts that they train. Empty where kinds are unknown."""
+    return sorted({block.kind for block in blocks if block.kind is not None})
+
+
+def training_examples(
+    blocks: list[Block | list[int]], context_tokens: int, kinds: list[str] | None = None
+) -> list[dict[str, list[int]]]:
     """Examples with labels on what follows each block's context.
 
     The context is what IDP's choice reads, in training as in evaluation. Where a block says what is to be predicted, it is
@@ -22,8 +29,16 @@ def training_examples(blocks: list[Block | list[int]], context_tokens: int) -> l
     Args:
         blocks (`list[Block]` or `list[list[int]]`): blocks of documents, or token ids that are all to be predicted.
         context_tokens (`int`): tokens at the front of such a block that are read but not predicted.
+        kinds (`list[str]`, *optional*): the kind of each prompt; an example then trains the prompt of its kind
+            (`prompt_ids`).
     """
-    return [_example(block if isinstance(block, Block) else Block(block), context_tokens) for block in blocks]
+    examples = []
+    for block in blocks:
+        block = block if isinstance(block, Block) else Block(block)
+        examples.append(_example(block, context_tokens))
+        if kinds:
+            examples[-1]["prompt_ids"] = kinds.index(block.kind)
+    return examples
 
 
 def _example(block: Block, context_tokens: int) -> dict[str, list[int]]:
@@ -36,18 +51,22 @@ def _example(block: Block, context_tokens: int) -> dict[str, list[int]]:
 
 
 def collate(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """A batch padded on the right: `input_ids`, `attention_mask` and `labels`, int64 `[batch, n]`."""
+    """A batch padded on the right: `input_ids`, `attention_mask` and `labels`, int64 `[batch, n]`; and `prompt_ids`, one entry
+    per row, where examples say which prompt they train."""
     length = max(len(example["input_ids"]) for example in examples)
 
     def padded(rows: list[list[int]], value: int) -> torch.Tensor:
         return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
     ids = [example["input_ids"] for example in examples]
-    return {
+    batch = {
         "input_ids": padded(ids, 0),
         "attention_mask": padded([[1] * len(row) for row in ids], 0),
         "labels": padded([example["labels"] for example in examples], _IGNORED),
     }
+    if "prompt_ids" in examples[0]:
+        batch["prompt_ids"] = torch.tensor([example["prompt_ids"] for example in examples])
+    return batch
 
 
 def make_trainer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from idp_peft.composition.base_skeleton import BaseNotFound, skeleton
-from idp_peft.composition.prompt_sources import PromptSource, read_prompts
+from idp_peft.composition.prompt_sources import PromptSource, fill, read_prompts
 from idp_peft.config import IDPConfig
 from idp_peft.hosting.architectures import (
     check_selection_layer,
@@ -30,7 +31,8 @@ _NAME = "default"
 class Router:
     """Chooses a prompt for each text, as the full model would: `Router.from_pretrained("adapter").route(texts).prompt_ids`.
 
-    Holds the embedding table and the decoder's layers up to the selection layer (of layer 0: one layer), no output head.
+    Holds the embedding table and, for a choice by attention, the decoder's layers up to the selection layer (of layer 0: one
+    layer); no output head.
     Safe to be used by several threads.
 
     Args:
@@ -171,8 +173,7 @@ def _layer(source: PromptSource, name: str, load_model_kwargs: dict) -> IDPLayer
     layer = IDPLayer(_Headless(decoder, embeddings), decoder)
     layer.add_bank(_NAME, config, None)
     layer.set_adapter(_NAME, inference_mode=True)
-    with torch.no_grad():
-        layer.active_bank.weight.copy_(torch.cat(source.prompts))
+    fill(layer.active_bank, [source])
     layer.eval()
     return layer
 
@@ -185,7 +186,9 @@ def _without_report() -> Iterator[None]:
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # layers that there are none of
+            yield
     finally:
         logging.set_verbosity(before)
 
@@ -193,7 +196,7 @@ def _without_report() -> Iterator[None]:
 def _layers_needed(config: IDPConfig, decoder: nn.Module) -> int:
     reads = config.selection == "attention" and config.num_prompts > 1
     check_selection_layer(decoder, config.selection_layer, reads)
-    return config.selection_layer % len(find_blocks(decoder)[1]) + 1 if reads else 1
+    return config.selection_layer % len(find_blocks(decoder)[1]) + 1 if reads else 0
 
 
 def _first_layers(config, layers: int):

