@@ -8,12 +8,14 @@ import pickle
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -28,7 +30,7 @@ from idp_peft.hosting.architectures import find_decoder
 from idp_peft.selection import select
 from tests.hosts import needs_transformers_adapter_methods
 from tests.reference import bank_of, concatenated_logits
-from tests.tiny import NAMES, tiny, token_batch
+from tests.tiny import NAMES, SEED, tiny, token_batch
 
 
 def logits(model, prompt=None, lengths=(7,)):
@@ -614,3 +616,18 @@ def test_concatenation_still_holds_after_everything(saved):
     ids, _ = token_batch([7])
     for prompt in range(4):
         assert (logits(loaded, prompt) - concatenated_logits(loaded, tiny("llama"), ids, prompt)).abs().max() <= 1e-4
+
+
+# ---------------------------------------------------------------------- files of earlier versions
+
+
+@pytest.mark.parametrize(
+    "folder", sorted((Path(__file__).parent / "files").glob("adapter-*")), ids=lambda path: path.name
+)
+@torch.no_grad()
+def test_an_adapter_of_an_earlier_version_chooses_and_answers_as_it_did(folder):
+    expected = load_file(folder / "expected.safetensors")
+    model = PeftModel.from_pretrained(tiny("llama", seed=-SEED), folder).eval()
+    logits = model(input_ids=expected["input_ids"], attention_mask=expected["attention_mask"]).logits[:, -1]
+    assert torch.allclose(model.last_selection.scores, expected["scores"], atol=1e-5)
+    assert (logits - expected["logits"]).abs().max() <= 1e-4

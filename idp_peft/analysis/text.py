@@ -96,9 +96,12 @@ def _margin_line(report) -> list[str]:
     if (margins := report.margins) is None:
         return []
     quantiles = report.margin_quantiles
-    share = float(np.mean(margins / np.maximum(report.scores.max(1), np.finfo(np.float32).tiny)))
+    share = ""
+    if report.selection == "attention":  # a cosine may be negative, so a share of it says nothing
+        shares = margins / np.maximum(report.scores.max(1), np.finfo(np.float32).tiny)
+        share = f" ({100 * float(shares.mean()):.1f} % of the winner's score)"
     return [
-        f"margin          mean {margins.mean():.3g} ({100 * share:.1f} % of the winner's score), median {quantiles[0.5]:.3g}, "
+        f"margin          mean {margins.mean():.3g}{share}, median {quantiles[0.5]:.3g}, "
         f"5 to 95 %: {quantiles[0.05]:.3g} to {quantiles[0.95]:.3g}"
     ]
 
