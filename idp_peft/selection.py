@@ -93,7 +93,7 @@ def select(
     rows = is_free.nonzero().flatten().cpu()
     scores = None
     if len(rows):
-        chosen = _assign_or_choose(layer, inputs, mask, selection_mask, labels, training, rows)
+        chosen = _assign_or_select(layer, inputs, mask, selection_mask, labels, training, rows)
         selected[rows] = chosen.prompt_ids.to(mask.device)
         if chosen.scores is not None:
             scores = chosen.scores.new_full((len(mask), config.num_prompts), torch.nan)
@@ -111,7 +111,7 @@ def select(
     return Selection(selected, scores, config.prompt_names)
 
 
-def _assign_or_choose(layer, inputs, mask, selection_mask, labels, training, rows) -> Selection:
+def _assign_or_select(layer, inputs, mask, selection_mask, labels, training, rows) -> Selection:
     """The prompts of the rows that are not forced: int64 `rows`, on the CPU."""
     config, count = layer.active_config, len(rows)
     if training and config.num_prompts > 1:
@@ -132,13 +132,13 @@ def _assign_or_choose(layer, inputs, mask, selection_mask, labels, training, row
     if config.selection == "random":
         return Selection(random_prompts(_content(inputs), context, config.num_prompts, config.selection_seed))
     if config.selection == "centroid":
-        return _choose_by_centroid(layer, inputs, context, training)
+        return _select_by_centroid(layer, inputs, context, training)
     on_prompts = attention_on_bank(layer, layer.selection_layer, inputs, mask)  # [B, n, M]
     scores = scores_from_attention(on_prompts, context, layer.active_bank.lengths, config.selection_reduction)
     return Selection(scores.argmax(-1), scores)
 
 
-def _choose_by_centroid(layer, inputs: dict, context: torch.Tensor, training: bool) -> Selection:
+def _select_by_centroid(layer, inputs: dict, context: torch.Tensor, training: bool) -> Selection:
     clusters = layer.active_bank.clusters
     if clusters.known:
         means = mean_embeddings(layer.get_base_layer(), inputs, context)

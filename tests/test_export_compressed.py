@@ -50,4 +50,4 @@ def test_a_compressed_base_is_exported_and_routed_as_it_is(tmp_path, monkeypatch
     for router in (Router.from_pretrained(one.adapter, one.base), Router.from_pretrained(exported.folder)):
         with torch.no_grad():
             model(input_ids=torch.tensor([TEXT]))
-        assert torch.equal(router.choose(torch.tensor([TEXT])).scores, model.last_selection.scores)
+        assert torch.equal(router.select(torch.tensor([TEXT])).scores, model.last_selection.scores)

@@ -11,7 +11,7 @@ import torch
 from transformers import Cache, DynamicCache
 
 from idp_peft.analysis import attention_map, selection_report
-from idp_peft.evaluation.prompted import choose
+from idp_peft.evaluation.prompted import select_prompts
 from idp_peft.selection import select
 from idp_peft.serving import ExportedModel, Router, VllmPrompts, export_to_vocab
 from idp_peft.serving.prompted_request import RequestPrompter
@@ -157,7 +157,7 @@ def generate(native: bool = False, one_by_one: bool = False, embeds: bool = Fals
 
 
 def evaluation(case: Case) -> list[int]:
-    return choose(case.one.model, case.rows, 7)
+    return select_prompts(case.one.model, case.rows, 7)
 
 
 def as_text(row: list[int]) -> str:
@@ -213,7 +213,7 @@ def map_of_attention(case: Case) -> list[int]:
 
 def router_batch(side: str):
     def choices(case: Case) -> list[int]:
-        return [int(i) for batch in batches(case.rows, side) for i in case.router.choose(**batch).prompt_ids]
+        return [int(i) for batch in batches(case.rows, side) for i in case.router.select(**batch).prompt_ids]
 
     return choices
 

@@ -36,7 +36,7 @@ def test_the_choice_is_bit_for_bit_the_full_models(tmp_path, name):
             ids, mask = token_batch([9, 7, 2, 4], side)  # behind a prompt: beyond the length where frequencies change
             with torch.no_grad():
                 one.model(input_ids=ids, attention_mask=mask)
-            expected, found = one.model.last_selection, router.choose(ids, mask)
+            expected, found = one.model.last_selection, router.select(ids, mask)
             assert torch.equal(found.prompt_ids, expected.prompt_ids)
             assert torch.equal(found.scores, expected.scores)
 
@@ -49,7 +49,7 @@ def test_long_and_short_inputs_of_one_router_do_not_disturb_each_other(tmp_path,
         ids, _ = token_batch([tokens], seed=tokens)
         with torch.no_grad():
             one.model(input_ids=ids)
-        assert torch.equal(router.choose(ids).scores, one.model.last_selection.scores)
+        assert torch.equal(router.select(ids).scores, one.model.last_selection.scores)
 
 
 def test_a_selection_mask_steers_it_as_the_full_model(tmp_path):
@@ -59,9 +59,9 @@ def test_a_selection_mask_steers_it_as_the_full_model(tmp_path):
     context[:, -3:] = 0
     with torch.no_grad():
         one.model(input_ids=ids, attention_mask=mask, selection_mask=context)
-    found = router_of(one).choose(ids, mask, context)
+    found = router_of(one).select(ids, mask, context)
     assert torch.equal(found.scores, one.model.last_selection.scores)
-    assert not torch.allclose(found.scores, router_of(one).choose(ids, mask).scores)
+    assert not torch.allclose(found.scores, router_of(one).select(ids, mask).scores)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -83,7 +83,7 @@ def test_the_layers_it_does_not_hold_are_not_read(tmp_path):
     ids, mask = token_batch([9, 4])
     with torch.no_grad():
         one.model(input_ids=ids, attention_mask=mask)
-    assert torch.equal(router_of(one).choose(ids, mask).scores, one.model.last_selection.scores)
+    assert torch.equal(router_of(one).select(ids, mask).scores, one.model.last_selection.scores)
 
 
 def test_no_head_is_ever_loaded(tmp_path, monkeypatch):
@@ -119,7 +119,7 @@ def test_other_ways_of_choosing_are_the_full_models_too(tmp_path, selection):
     ids, mask = token_batch([9, 4, 7, 5, 3])
     with torch.no_grad():
         one.model(input_ids=ids, attention_mask=mask)
-    found = router_of(one).choose(ids, mask)
+    found = router_of(one).select(ids, mask)
     assert torch.equal(found.prompt_ids, one.model.last_selection.prompt_ids)
     assert found.scores is None
 
@@ -171,17 +171,17 @@ def test_what_cannot_be_routed_is_refused(tmp_path):
     one = saved(tmp_path, "gpt2")
     router = router_of(one)
     with pytest.raises(ValueError, match="the input is empty: got 1 rows of 0 tokens"):
-        router.choose(torch.zeros(1, 0, dtype=torch.long))
+        router.select(torch.zeros(1, 0, dtype=torch.long))
     with pytest.raises(ValueError, match=r"text\(s\) \[1\] have no token to choose a prompt by"):
         router.route(["w5", ""])
     with pytest.raises(
         ValueError, match="61 input tokens and 4 prompt positions need 65 positions, but the model has 64"
     ):
-        router.choose(torch.ones(1, 61, dtype=torch.long))
+        router.select(torch.ones(1, 61, dtype=torch.long))
     with pytest.raises(ValueError, match=r"`attention_mask` must cover the input, \[1, 5\], got \[1, 4\]"):
-        router.choose(torch.ones(1, 5, dtype=torch.long), torch.ones(1, 4))
+        router.select(torch.ones(1, 5, dtype=torch.long), torch.ones(1, 4))
     with pytest.raises(ValueError, match=r"`attention_mask` has no real token in row\(s\) \[0\]"):
-        router.choose(torch.ones(1, 5, dtype=torch.long), torch.zeros(1, 5))
+        router.select(torch.ones(1, 5, dtype=torch.long), torch.zeros(1, 5))
 
 
 def test_adapters_that_do_not_choose_or_fit_are_refused(tmp_path):

@@ -103,7 +103,7 @@ def measure(options: argparse.Namespace, made: dict[str, Path]) -> dict:
     from benchmarks.choice.losses import nats_of_every_prompt
     from idp_peft.evaluation import environment
     from idp_peft.evaluation.chunks import chunk_documents, score_chunks
-    from idp_peft.evaluation.prompted import choose
+    from idp_peft.evaluation.prompted import select_prompts
     from idp_peft.models.loading import load_model, load_tokenizer
     from idp_peft.texts.data import load_texts
 
@@ -143,7 +143,7 @@ def measure(options: argparse.Namespace, made: dict[str, Path]) -> dict:
             config = model.base_model.layer.active_config
             for selection in ("centroid", "attention"):
                 config.selection = selection
-                result["choices"][selection] = choose(model, contexts, 8)
+                result["choices"][selection] = select_prompts(model, contexts, 8)
         else:
             result["nats"][name] = nats(model)
         base = model.unload()

@@ -8,7 +8,7 @@ from benchmarks.choice.losses import nats_of_every_prompt
 from benchmarks.study.choices import ContextRecorder, least_loss
 from idp_peft.evaluation.chunks import chunk_documents, score_chunks
 from idp_peft.evaluation.harness import HarnessModel
-from idp_peft.evaluation.prompted import choose, num_prompts
+from idp_peft.evaluation.prompted import num_prompts, select_prompts
 from idp_peft.evaluation.task_loading import load_tasks
 from idp_peft.evaluation.task_scores import run_task, sample_indices, score_of
 
@@ -27,7 +27,7 @@ def score_text(model, tokenizer, name: str, documents: int, settings: dict) -> d
     if count == 1:
         nats = score_chunks(model, blocks, context, batch_size=batch, description=name).nats.tolist()
     else:
-        prompts = choose(model, [block[:context] for block in blocks], batch)
+        prompts = select_prompts(model, [block[:context] for block in blocks], batch)
         after, of_context = nats_of_every_prompt(model, torch.tensor(blocks), context, count, batch)  # [items, M] each
         nats = [float(after[number, prompt]) for number, prompt in enumerate(prompts)]
     items = [{"id": i, "nats": value, "tokens": length - context} for i, value in zip(ids, nats, strict=True)]
@@ -72,7 +72,7 @@ def score_task(model, tokenizer, name: str, settings: dict, each_prompt: bool) -
         recorder = ContextRecorder(model, tokenizer, batch)
         run_task(recorder, task, name, sample)
         contexts = [recorder.contexts[name, within] for within in range(len(forced[0]))]
-        prompts = choose(model, contexts, batch)
+        prompts = select_prompts(model, contexts, batch)
         items = [dict(forced[prompt][number]) for number, prompt in enumerate(prompts)]
         by_prompt = {"score": [[one[i]["score"] for one in forced] for i in range(len(items))]}
         if "probability" in items[0]["scores"]:

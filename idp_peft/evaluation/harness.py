@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 from idp_peft.evaluation.harness_type import register_model_type
 from idp_peft.evaluation.prompted import (
     check_prompt_id,
-    choose,
     idp_layer,
     input_logits,
     is_prompt_learning,
     pad_right,
+    select_prompts,
     virtual_tokens,
 )
 from idp_peft.evaluation.requests import Request, Row, group, rows, shared_context
@@ -128,7 +128,7 @@ class HarnessModel(HFLM):
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         questions = self._questions if self._questions is not None else list(range(len(requests)))
-        prompts = self._prompts_for(requests, questions)
+        prompts = self._selected(requests, questions)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         waiting, start, self.batch_sizes = rows(requests, prompts, self.max_length), 0, {}
         with tqdm(total=len(waiting), desc="log-likelihoods", disable=disable_tqdm) as bar:
@@ -153,7 +153,7 @@ class HarnessModel(HFLM):
             self.batch_sizes[part] = self._detect_batch_size([(None, list(waiting[start].tokens), [0])])
         return self.batch_sizes[part]
 
-    def _prompts_for(self, requests: list[Request], questions: list[Hashable]) -> list[int | None]:
+    def _selected(self, requests: list[Request], questions: list[Hashable]) -> list[int | None]:
         """The prompt of each request, the same for all requests of a question; `None` for a model without a bank."""
         if idp_layer(self.model) is None:
             return [None] * len(requests)
@@ -165,7 +165,7 @@ class HarnessModel(HFLM):
                 shared_context([requests[index] for index in members], self.max_length) for members in groups.values()
             ]
             at_once = _CHOICE_ROWS if self.batch_size == "auto" else self.batch_size
-            chosen = choose(self.model, [tokens or [self.prefix_token_id] for tokens in shared], at_once)
+            chosen = select_prompts(self.model, [tokens or [self.prefix_token_id] for tokens in shared], at_once)
         prompts: list[int | None] = [None] * len(requests)
         for (question, members), prompt in zip(groups.items(), chosen, strict=True):
             for index in members:

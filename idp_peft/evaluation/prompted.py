@@ -62,7 +62,7 @@ def pad_right(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor
 
 
 @torch.no_grad()
-def choose(model, rows: list[list[int]], batch_size: int) -> list[int]:
+def select_prompts(model, rows: list[list[int]], batch_size: int) -> list[int]:
     """The prompt that an IDP model chooses by exactly these tokens, for each row; nothing above the selection layer runs."""
     layer, chosen = idp_layer(model), []
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))

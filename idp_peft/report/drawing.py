@@ -6,7 +6,7 @@ import base64
 import io
 from dataclasses import dataclass
 
-from idp_peft.report.analysis import Analysis
+from idp_peft.report.numbers import Analysis
 
 # Okabe and Ito's palette, without its yellow, which white paper swallows.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")

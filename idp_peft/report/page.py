@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-from idp_peft.report.analysis import MEAN, Analysis
 from idp_peft.report.comparisons import Comparison
 from idp_peft.report.drawing import Figure
 from idp_peft.report.formatting import NONE
+from idp_peft.report.numbers import MEAN, Analysis
 from idp_peft.report.provenance import provenance
 from idp_peft.report.sentences import honesty_notes, sentence
 from idp_peft.report.tables import Table, tables

@@ -7,8 +7,8 @@ from __future__ import annotations
 import numpy as np
 
 from idp_peft.files.error_reason import missing
-from idp_peft.report.analysis import MEAN, Analysis
 from idp_peft.report.drawing import STYLE, Figure, finish, legend, look_of, marker, panels, short
+from idp_peft.report.numbers import MEAN, Analysis
 
 _POINTS = 300  # most points of a curve: more are not visible, and make the page heavy
 _WIDEST = (-150.0, 250.0)  # percent of recovery; wider intervals are cut off, and the caption says so

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from idp_peft.files.whole_file import write_whole
-from idp_peft.report.analysis import analyse, as_json
 from idp_peft.report.markdown import markdown
+from idp_peft.report.numbers import analyse, as_json
 from idp_peft.report.page import page
 from idp_peft.report.plots import figures
 from idp_peft.report.results import read_results

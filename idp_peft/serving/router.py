@@ -85,7 +85,7 @@ class Router:
         return [part.to(self.layer.dtype) for part in bank.embeddings().detach().split(bank.lengths)]
 
     @torch.no_grad()
-    def choose(
+    def select(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
@@ -122,7 +122,7 @@ class Router:
         scores = None
         for start in range(0, len(order), batch_size):
             here = order[start : start + batch_size]
-            part = self.choose(*_padded([rows[index] for index in here]))
+            part = self.select(*_padded([rows[index] for index in here]))
             prompt_ids[here] = part.prompt_ids.cpu()
             if part.scores is not None:
                 scores = torch.zeros(len(rows), self.config.num_prompts) if scores is None else scores
