@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 
 from idp_peft.evaluation.harness import HarnessModel
-from idp_peft.evaluation.prompted import input_logits, pad_right
+from idp_peft.evaluation.prompted import input_logits
 from idp_peft.evaluation.requests import group, shared_context
+from idp_peft.texts.tokens import padded_batch
 
 
 class ContextRecorder(HarnessModel):
@@ -47,7 +48,7 @@ def context_nats(model, rows: list[list[int]], prompt: int, batch_size: int) -> 
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        ids, mask = pad_right([rows[index] for index in batch], model.device)  # [B, n]
+        ids, mask = padded_batch([rows[index] for index in batch], model.device)  # [B, n]
         logits = input_logits(model, ids, mask, prompt_ids=torch.full((len(batch),), prompt))  # [B, n, V]
         losses = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
         sums = (losses * mask[:, 1:]).sum(1)  # [B]

@@ -13,10 +13,10 @@ from collections import Counter
 import torch
 from tqdm.auto import tqdm
 
-from idp_peft.evaluation.prompted import check_prompt_id, idp_layer, input_logits, num_prompts, pad_right
+from idp_peft.evaluation.prompted import check_prompt_id, idp_layer, input_logits, num_prompts
 from idp_peft.evaluation.windows import Window, check_window, cut
 from idp_peft.texts.chats import Chat
-from idp_peft.texts.tokens import encode
+from idp_peft.texts.tokens import encode, padded_batch
 
 
 def score_documents(
@@ -124,7 +124,7 @@ def _score(
 def _score_batch(
     model, layer, windows: list[Window], reads_window: bool, prompt_id: int | None
 ) -> tuple[list[float], list[int] | None]:
-    ids, mask = pad_right([part.tokens for part in windows], model.device)
+    ids, mask = padded_batch([part.tokens for part in windows], model.device)
     scored, steers = torch.zeros_like(mask, dtype=torch.bool), mask.bool()
     for row, part in enumerate(windows):
         scored[row, : len(part.scored)] = torch.tensor(part.scored)

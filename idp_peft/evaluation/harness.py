@@ -20,12 +20,11 @@ from idp_peft.evaluation.prompted import (
     idp_layer,
     input_logits,
     is_prompt_learning,
-    pad_right,
     select_prompts,
     virtual_tokens,
 )
 from idp_peft.evaluation.requests import Request, Row, group, rows, shared_context
-from idp_peft.texts.tokens import ending, text_ids
+from idp_peft.texts.tokens import ending, padded_batch, text_ids
 
 register_model_type()
 # Rows of a choice where the harness finds its batch size by itself: a choice costs a fraction of one layer.
@@ -178,7 +177,7 @@ class HarnessModel(HFLM):
 
     def _score(self, batch: list[Row]) -> list[tuple[int, tuple[float, bool]]]:
         """`(number of the request, its answer)` of every request that the rows answer."""
-        ids, mask = pad_right([list(row.tokens) for row in batch], self.device)
+        ids, mask = padded_batch([list(row.tokens) for row in batch], self.device)
         idp = {} if batch[0].prompt is None else {"prompt_ids": torch.tensor([row.prompt for row in batch])}
         logits = input_logits(self.model, ids, mask, **idp)  # [B, n, V]
         found = []

@@ -7,6 +7,7 @@ import torch
 from idp_peft.hosting.prompt_ids import AUTO, check_prompt_ids
 from idp_peft.layer import IDPLayer
 from idp_peft.selection import select
+from idp_peft.texts.tokens import padded_batch
 
 
 def idp_layer(model) -> IDPLayer | None:
@@ -50,24 +51,13 @@ def check_prompt_id(model, prompt_id: int | str | None) -> int | None:
     return int(check_prompt_ids(prompt_id, 1, config.num_prompts, config.prompt_names))
 
 
-def pad_right(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask of rows of any lengths: int64 `[rows, n]` each."""
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row)
-        mask[index, : len(row)] = 1
-    return ids.to(device), mask.to(device)
-
-
 @torch.no_grad()
 def select_prompts(model, rows: list[list[int]], batch_size: int) -> list[int]:
     """The prompt that an IDP model chooses by exactly these tokens, for each row; nothing above the selection layer runs."""
     layer, chosen = idp_layer(model), []
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     for start in range(0, len(rows), batch_size):
-        ids, mask = pad_right([rows[index] for index in order[start : start + batch_size]], model.device)
+        ids, mask = padded_batch([rows[index] for index in order[start : start + batch_size]], model.device)
         chosen += select(layer, {"input_ids": ids}, mask).prompt_ids.tolist()
     by_row = dict(zip(order, chosen, strict=True))
     return [by_row[index] for index in range(len(rows))]

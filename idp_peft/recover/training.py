@@ -8,6 +8,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from idp_peft.recover.distillation import DistillationTrainer
 from idp_peft.texts.data import Block
+from idp_peft.texts.tokens import pad_right, padded_batch
 
 _IGNORED = -100
 
@@ -53,17 +54,9 @@ def _example(block: Block, context_tokens: int) -> dict[str, list[int]]:
 def collate(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     """A batch padded on the right: `input_ids`, `attention_mask` and `labels`, int64 `[batch, n]`; and `prompt_ids`, one entry
     per row, where examples say which prompt they train."""
-    length = max(len(example["input_ids"]) for example in examples)
-
-    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
-        return torch.tensor([row + [value] * (length - len(row)) for row in rows])
-
-    ids = [example["input_ids"] for example in examples]
-    batch = {
-        "input_ids": padded(ids, 0),
-        "attention_mask": padded([[1] * len(row) for row in ids], 0),
-        "labels": padded([example["labels"] for example in examples], _IGNORED),
-    }
+    ids, attention_mask = padded_batch([example["input_ids"] for example in examples])
+    labels = pad_right([example["labels"] for example in examples], _IGNORED)
+    batch = {"input_ids": ids, "attention_mask": attention_mask, "labels": labels}
     if "prompt_ids" in examples[0]:
         batch["prompt_ids"] = torch.tensor([example["prompt_ids"] for example in examples])
     return batch

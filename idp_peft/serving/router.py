@@ -24,6 +24,7 @@ from idp_peft.hosting.architectures import (
 from idp_peft.layer import IDPLayer
 from idp_peft.selection import Selection, select
 from idp_peft.serving.exported import ExportedModel, is_exported
+from idp_peft.texts.tokens import padded_batch
 
 _NAME = "default"
 
@@ -122,7 +123,7 @@ class Router:
         scores = None
         for start in range(0, len(order), batch_size):
             here = order[start : start + batch_size]
-            part = self.select(*_padded([rows[index] for index in here]))
+            part = self.select(*padded_batch([rows[index] for index in here]))
             prompt_ids[here] = part.prompt_ids.cpu()
             if part.scores is not None:
                 scores = torch.zeros(len(rows), self.config.num_prompts) if scores is None else scores
@@ -207,10 +208,3 @@ def _first_layers(config, layers: int):
         text.layer_types = text.layer_types[:layers]
     text.num_hidden_layers = layers
     return config
-
-
-def _padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows padded on the right, and their mask: int64 `[batch, n]` each."""
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from idp_peft.texts.chats import Chat, chat_columns, read_chat
-from idp_peft.texts.tokens import encode
+from idp_peft.texts.tokens import encode, pad_right
 
 IGNORED = -100
 _COLUMNS = ("input_ids", "attention_mask", "labels", "selection_mask")
@@ -64,14 +64,8 @@ def read_examples(
 
 def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
     """A batch padded on the right: int64 `[batch, n]` each, of the columns that the first example has."""
-    width = max(len(example.input_ids) for example in examples)
     columns = [name for name in _COLUMNS if getattr(examples[0], name) is not None]
-    return {
-        name: torch.tensor(
-            [(row := getattr(example, name)) + [_PADDING[name]] * (width - len(row)) for example in examples]
-        )
-        for name in columns
-    }
+    return {name: pad_right([getattr(example, name) for example in examples], _PADDING[name]) for name in columns}
 
 
 def _rows(dataset) -> Iterable:

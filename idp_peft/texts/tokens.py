@@ -16,6 +16,8 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -88,3 +90,14 @@ def common_length(rows: Sequence[Sequence[int]]) -> int:
 def without(front: list[int], ids: list[int]) -> list[int]:
     """Tokens without the beginning, where a text wrote it itself."""
     return ids[len(front) :] if front and ids[: len(front)] == front else ids
+
+
+def pad_right(rows: Sequence[Sequence[int]], value: int = 0) -> torch.Tensor:
+    """Rows of integers, filled up on the right: int64 `[rows, n]`."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.long)
+
+
+def padded_batch(rows: Sequence[Sequence[int]], device=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of rows of any lengths: int64 `[rows, n]` each."""
+    return pad_right(rows).to(device), pad_right([[1] * len(row) for row in rows]).to(device)
