@@ -140,6 +140,10 @@ def _assign_or_select(layer, inputs, mask, selection_mask, labels, training, row
 
 def _select_by_centroid(layer, inputs: dict, context: torch.Tensor, training: bool) -> Selection:
     clusters = layer.active_bank.clusters
+    if not layer.active_bank.centroids.isfinite().all():
+        raise ValueError(
+            "the bank's centroids hold NaN or infinity: reload the adapter, or call `idp_peft.fit_centroids`"
+        )
     if clusters.known:
         means = mean_embeddings(layer.get_base_layer(), inputs, context)
         scores = checked_scores(clusters.scores(means), "mean input embedding")

@@ -128,6 +128,14 @@ def test_an_adapter_without_centroids_says_what_to_do(make):
 
 
 @torch.no_grad()
+def test_broken_centroids_are_named_as_the_reason(prompted):
+    model = prompted()
+    bank_of(model).centroids[1, 3] = float("nan")
+    with pytest.raises(ValueError, match="centroids hold NaN or infinity"):
+        model(input_ids=of_kind(0, 1, 9))
+
+
+@torch.no_grad()
 def test_a_prompt_that_no_context_trained_is_never_chosen(prompted):
     model = prompted(num_prompts=4)
     rows = [{"input_ids": ids, "prompt_ids": (0, 2, 3)[kind]} for kind in range(3) for ids in of_kind(kind, 8, 20)]

@@ -19,9 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from idp_peft.models.fingerprint import fingerprint
 from idp_peft.recover import recover
+from idp_peft.recover.centroids import context_means
 from idp_peft.recover.distillation import forward_kl
 from idp_peft.recover.methods import lora_parameters_per_rank, nearest_lora, prefix_parameters_per_token
 from idp_peft.recover.training import collate, training_examples
+from idp_peft.texts.data import blocks, load_texts
+from idp_peft.texts.examples import read_examples
 from idp_peft_cli import main
 from tests.commands import run_recover
 from tests.patience import PATIENCE
@@ -30,6 +33,7 @@ from tests.tiny_folder import tiny_folder, tiny_texts
 
 pytest.importorskip("datasets")
 ROOT = Path(__file__).parent.parent
+CENTROIDS = "base_model.model.model.idp.idp_prompts.centroids"
 
 
 @pytest.fixture
@@ -342,6 +346,50 @@ def test_trainers_own_evaluation_reads_documents_kept_from_training(here):
     run(eval_strategy="steps", eval_steps=3, load_best_model_at_end=True, save_steps=3, eval_share=0.25)
     history = json.loads(Path("run/run.json").read_text())["training"]["history"]
     assert len([entry for entry in history if "eval_loss" in entry]) == 2
+
+
+def test_centroids_are_fitted_before_training_and_every_prompt_starts_at_its_own_cluster(here):
+    fitted = run(selection="centroid", max_steps=1, learning_rate=0.0)
+    model = AutoPeftModelForCausalLM.from_pretrained(fitted)
+    bank, tokenizer = model.base_model.layer.active_bank, AutoTokenizer.from_pretrained("model")
+    assert not model.peft_config["default"].learn_centroids
+    found = blocks(tokenizer, load_texts("text.jsonl"), 16, 4)
+    means = context_means(model.get_input_embeddings(), read_examples(training_examples(found, 4)))
+    assert bank.contexts.sum() == len(found) == bank.clusters.scores(means).argmax(-1).bincount().sum()
+    assert (bank.contexts > 0).all()
+    chosen = bank.clusters.scores(means).argmax(-1)
+    starts = {prompt: bank.embeddings()[4 * prompt : 4 * prompt + 4] for prompt in range(3)}
+    for prompt, start in starts.items():
+        begins = [torch.equal(model.get_input_embeddings()(torch.tensor(block.ids[:4])), start) for block in found]
+        assert any(begins), "a prompt starts at the opening of a training text"
+        assert {int(chosen[number]) for number, begin in enumerate(begins) if begin} == {prompt}
+    again = run("again", selection="centroid", max_steps=3, learning_rate=0.03)
+    assert torch.equal(weights(again)[CENTROIDS], weights(fitted)[CENTROIDS]), "and they stay where they are"
+
+
+def test_every_named_kind_trains_a_prompt_of_its_own(here):
+    rows = [{"text": text, "sort": "ba"[number % 2]} for number, text in enumerate(tiny_texts())]
+    (here / "kinds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    adapter = run(
+        dataset="kinds.jsonl", kind_column="sort", selection="centroid", eval_strategy="epoch", eval_share=0.2
+    )
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter)
+    config, bank = model.peft_config["default"], model.base_model.layer.active_bank
+    assert (config.num_prompts, config.prompt_names) == (2, ["a", "b"])
+    tokenizer, kept = AutoTokenizer.from_pretrained("model"), len(rows) // 2 - round(0.2 * len(rows) / 2)
+    for prompt, kind in enumerate(config.prompt_names):
+        texts = [row["text"] for row in rows if row["sort"] == kind][:kept]
+        found = blocks(tokenizer, texts, 16, 4)
+        means = context_means(model.get_input_embeddings(), read_examples(training_examples(found, 4)))
+        assert torch.allclose(bank.centroids[prompt], means.mean(0), atol=1e-6)
+        assert bank.contexts[prompt] == len(found)
+    for wrong in ({"method": "lora"}, {"dataset": "self", "teacher": "teacher"}):
+        with pytest.raises(ValueError, match="`kind_column` says which prompt a document trains"):
+            run("other", **{"dataset": "kinds.jsonl", "kind_column": "sort", **wrong})
+    with pytest.raises(
+        ValueError, match=r"`kind_column` must be one of the columns of 'kinds\.jsonl', text, sort; got 'x'"
+    ):
+        run("other", dataset="kinds.jsonl", kind_column="x")
 
 
 def test_budgets_are_counted_right(here):

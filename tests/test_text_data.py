@@ -9,7 +9,8 @@ import lzma
 
 import pytest
 
-from idp_peft.texts.data import load_texts, token_blocks
+from idp_peft.offline import assets
+from idp_peft.texts.data import load_kinds, load_texts, token_blocks
 from tests.tiny_folder import tiny_tokenizer
 
 datasets = pytest.importorskip("datasets")
@@ -194,6 +195,24 @@ def test_a_column_without_text_is_refused(files):
 def test_a_packaged_corpus_names_its_splits():
     with pytest.raises(ValueError, match=r"`dataset` 'c4' has the split\(s\) 'held_out', got 'train'"):
         load_texts("c4", "train")
+
+
+def test_packaged_kinds_are_cut_at_lines_and_split_without_overlap(monkeypatch):
+    lines = [f"line {number} " + "x" * 200 + "\n" for number in range(60)]
+    pieces = assets._pieces(lines)
+    assert "\n".join(pieces) == "".join(lines).rstrip("\n"), "nothing is lost"
+    assert all(len(piece) >= 1500 - 1 for piece in pieces[:-1])
+    assert assets._pieces([]) == []
+    monkeypatch.setattr(assets, "kind_documents", lambda kind: [f"{kind} {number}" for number in range(10)])
+    train, held_out = (load_kinds("kinds", split, kind_column="kind") for split in ("train", "held_out"))
+    assert {kind for _, kind in train} == set(assets.KINDS) == {kind for _, kind in held_out}
+    assert all(text.startswith(kind) for text, kind in train + held_out)
+    assert not set(train) & set(held_out)
+    assert load_texts("programs", "train") == [text for text, kind in train if kind == "programs"]
+    with pytest.raises(ValueError, match=r"`kind_column` 'sort' is no column of 'kinds': 'kinds' has one, 'kind'"):
+        load_kinds("kinds", kind_column="sort")
+    with pytest.raises(ValueError, match=r"'stories' has the split\(s\) 'train', 'held_out', got 'validation'"):
+        load_texts("stories", "validation")
 
 
 def test_blocks_do_not_cross_documents_and_short_documents_stay_whole():
