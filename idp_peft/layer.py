@@ -214,9 +214,9 @@ def active_layer(model) -> IDPLayer:
     """
     layer = next((module for module in model.modules() if isinstance(module, IDPLayer)), None)
     if layer is None:
-        raise ValueError(f"a model with an IDP adapter is needed, got {type(model).__name__} without one")
+        raise ValueError(f"this needs a model with an IDP adapter, got {type(model).__name__} without one")
     if layer.active_name is None:
-        raise ValueError("an active IDP adapter is needed, but adapters are disabled: enable them, or set one")
+        raise ValueError("this needs an active IDP adapter, but adapters are disabled: enable them, or set one")
     return layer
 
 

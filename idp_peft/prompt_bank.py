@@ -68,9 +68,8 @@ class PromptBank(nn.Embedding):
         if self.clusters is not None:
             self.clusters.settle()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.weight.is_meta and is_sharded(
-            self.weight
-        ):  # accelerate asks so for what FSDP2 has sharded, which these are not
+        if self.weight.is_meta and is_sharded(self.weight):
+            # accelerate asks so for what FSDP2 has sharded, which these are not.
             for name in _LEARNED:
                 destination.pop(f"{prefix}{name}", None)
 

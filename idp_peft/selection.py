@@ -196,7 +196,7 @@ def scores_from_attention(
     scores = (on_prompts * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
     if reduction == "mean":
         scores = scores / torch.tensor(lengths, device=scores.device, dtype=scores.dtype)
-    return checked_scores(scores, "attention at the selection layer")
+    return checked_scores(scores, "selection layer's attention")
 
 
 def checked_scores(scores: torch.Tensor, of: str) -> torch.Tensor:

@@ -32,7 +32,7 @@ INVALID = [
     ({"num_prompts": 2, "prompt_names": ["a", " "]}, r"`prompt_names` must hold texts that are not empty, got ' '"),
     ({"num_prompts": 2, "prompt_names": ["a", 1]}, r"`prompt_names` must hold texts that are not empty, got 1"),
     ({"num_prompts": 1, "prompt_names": ["auto"]}, r"`prompt_names` must not hold 'auto', which .* lets a row choose"),
-    ({"selection": "best"}, r"`selection` must be one of 'attention', 'random', 'fixed', got 'best'"),
+    ({"selection": "best"}, r"`selection` must be one of 'attention', 'centroid', 'random', 'fixed', got 'best'"),
     ({"selection_layer": 1.5}, r"`selection_layer` must be an int, got 1.5"),
     ({"selection_reduction": "max"}, r"`selection_reduction` must be one of 'mean', 'sum', got 'max'"),
     ({"selection_seed": -1}, r"`selection_seed` must be an int of at least 0 and at most 9223372036854775807, got -1"),
