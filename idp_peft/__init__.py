@@ -17,6 +17,7 @@ _ON_USE = {
     "compose": "composition",
     "split": "composition",
     "fit_centroids": "recover.centroids",
+    "start_at": "recover.starts",
     "selection_report": "analysis",
     "SelectionCallback": "analysis",
 }

@@ -23,6 +23,7 @@ class IDPPeftType(str, enum.Enum):
 
 
 _CHOICES = {
+    "prompts": ("tokens", "key_values"),
     "selection": ("attention", "centroid", "random", "fixed"),
     "selection_reduction": ("mean", "sum"),
     "assignment": ("uniform", "selected", "all"),
@@ -56,6 +57,13 @@ class IDPConfig(PeftConfig):
             k, the length of every prompt in tokens, or one length per prompt (each at least 1). `None` is allowed with
             `init="text"` alone: each prompt is then as long as its text. 32 is a whole number of cache blocks in the
             common serving engines.
+        prompts (`str`, defaults to `"tokens"`):
+            What a prompt is. `"tokens"`, the paper's: k input vectors, whose keys and values are what the base makes of them.
+            `"key_values"`: the keys and values of every layer are the parameters themselves (`prompt_cache.py`); they repair
+            more, have one length, and start at real text: `init="text"`, [`start_at`] or `recover`.
+        num_frozen_tokens (`int`, defaults to `1`):
+            How many tokens at the front of each key/value prompt are not trained, below `num_virtual_tokens`: the first is the
+            attention sink, which training destroys. Token prompts have none.
         prompt_names (`list[str]`, *optional*):
             What the prompts are called, one distinct name per prompt: `prompt_ids` then takes names as well as numbers
             (`model(..., prompt_ids=["arc", "boolq", None, "auto"])`), and `last_selection.names` gives them. `"auto"`
@@ -114,6 +122,8 @@ class IDPConfig(PeftConfig):
     num_virtual_tokens: int | list[int] | None = field(
         default=32, metadata={"help": "k, tokens per prompt: one int, or one length per prompt."}
     )
+    prompts: str = field(default="tokens", metadata={"help": f"What a prompt is: one of {_CHOICES['prompts']}."})
+    num_frozen_tokens: int = field(default=1, metadata={"help": "Tokens of a key/value prompt that are not trained."})
     prompt_names: list[str] | None = field(default=None, metadata={"help": "One distinct name per prompt."})
     selection: str = field(
         default="attention", metadata={"help": f"Who picks a prompt: one of {_CHOICES['selection']}."}
@@ -172,6 +182,21 @@ class IDPConfig(PeftConfig):
                 "on every kind of input: set learn_centroids=False, and call `idp_peft.fit_centroids` before training"
             )
         self._check_text_init(from_file)
+        if self.prompts == "key_values":
+            self._check_key_values(from_file)
+
+    def _check_key_values(self, from_file: bool) -> None:
+        length = self.num_virtual_tokens
+        if not isinstance(length, int):
+            raise ValueError(
+                f"`num_virtual_tokens` must be one length for all with prompts='key_values', got {length!r}"
+            )
+        _check_int("num_frozen_tokens", self.num_frozen_tokens, low=0, high=length - 1)
+        if self.init != "text" and self.init_weights and not from_file:
+            raise ValueError(
+                f"prompts='key_values' must start at real text (random ones make the model worse): set init='text' with "
+                f"`init_text`, or init_weights=False and call `idp_peft.start_at`; got init={self.init!r}"
+            )
 
     def _check_lengths(self, from_file: bool) -> None:
         lengths = self.num_virtual_tokens
@@ -223,6 +248,11 @@ class IDPConfig(PeftConfig):
         if isinstance(self.num_virtual_tokens, list):
             return list(self.num_virtual_tokens)
         return [self.num_virtual_tokens] * self.num_prompts
+
+    @property
+    def frozen_tokens(self) -> int:
+        """How many tokens at the front of each prompt are not trained: 0 for token prompts."""
+        return self.num_frozen_tokens if self.prompts == "key_values" else 0
 
     @property
     def chooses(self) -> bool:

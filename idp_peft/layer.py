@@ -16,8 +16,15 @@ from idp_peft.hosting.architectures import embedding_dtype, embedding_width, fin
 from idp_peft.hosting.call import current_call, internal_run
 from idp_peft.hosting.checks import refuse_continuous_batching
 from idp_peft.hosting.decoder_copy import evaluating, first_layers
-from idp_peft.prompt_bank import PromptBank, initial_tokens
-from idp_peft.prompt_cache import PromptCache, RememberedCache, compute_prompt_cache
+from idp_peft.prompt_bank import PromptBank, initial_tokens, same_length
+from idp_peft.prompt_cache import (
+    PromptCache,
+    RememberedCache,
+    compute_prompt_cache,
+    key_value_layout,
+    keys_and_values,
+    layout_width,
+)
 from idp_peft.selection import Selection
 
 _of_this_thread = threading.local()
@@ -70,12 +77,18 @@ class IDPLayer(nn.Module, BaseTunerLayer):
                 f"an adapter's name must not be empty, have a dot in it, or be an attribute of a torch module, got {name!r}"
             )
         embeddings = self.get_base_layer()
-        has_centroids = config.selection == "centroid"
-        bank = PromptBank(config.prompt_lengths, embedding_width(embeddings), has_centroids=has_centroids)
+        holds_keys, width = config.prompts == "key_values", embedding_width(embeddings)
+        bank = PromptBank(
+            config.prompt_lengths,
+            prompt_width(config, self.decoder, width),
+            context_width=width if config.selection == "centroid" else None,
+            frozen_tokens=config.frozen_tokens,
+            holds_keys=holds_keys,
+        )
         if not bank.weight.is_meta:
-            if config.init_weights and not embeddings.weight.is_meta:
-                with torch.no_grad():
-                    bank.weight.copy_(initial_tokens(config, embeddings, texts))
+            if config.init_weights and not embeddings.weight.is_meta and (texts is not None or not holds_keys):
+                start = keys_and_values(self.model, same_length(texts, config)) if holds_keys else None
+                bank.start(initial_tokens(config, embeddings, texts) if start is None else start.to(bank.weight.device))
             bank.to(embeddings.weight.device if not embeddings.weight.is_meta else "cpu")
         self.idp_prompts[name] = bank
         self.idp_remembered[name] = RememberedCache()
@@ -190,7 +203,7 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         A training step has no use for the layers above: it runs those prompts again that were chosen, with a graph. Nor
         has a choice any use for frequencies that are left from another input: a copy of the first layers has none.
         """
-        if not self.trains and not keeps_rotary(self.decoder):
+        if self.active_bank.holds_keys or (not self.trains and not keeps_rotary(self.decoder)):
             return self.prompt_cache(rotary_length)
         with torch.no_grad(), evaluating(self.decoder):
             part = first_layers(self.decoder, number)
@@ -204,6 +217,13 @@ class IDPLayer(nn.Module, BaseTunerLayer):
     def remember(self, selection: Selection) -> None:
         self._last_selection = selection
         _selections()[self] = selection
+
+
+def prompt_width(config: IDPConfig, decoder: nn.Module, width: int) -> int:
+    """How many numbers a token of a prompt is: d, or P, its keys and values of every layer."""
+    if config.prompts == "tokens":
+        return width
+    return layout_width(key_value_layout(decoder))
 
 
 def active_layer(model) -> IDPLayer:

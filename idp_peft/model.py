@@ -25,7 +25,7 @@ from idp_peft.hosting.checkpoint import (
 from idp_peft.hosting.init_text import text_token_ids
 from idp_peft.hosting.introspection import adapter_that_transformers_loads, peft_model_under_construction
 from idp_peft.hosting.promptable import check_promptable
-from idp_peft.layer import IDPLayer
+from idp_peft.layer import IDPLayer, prompt_width
 from idp_peft.selection import Selection
 
 _CHILD = "idp"
@@ -81,7 +81,8 @@ class IDPModel(BaseTuner):
         check_selection_layer(decoder, peft_config.selection_layer, reads_attention)
         came_from = getattr(peft_config, "_came_from", None)
         if came_from is not None:
-            check_weights(*came_from, peft_config, embedding_width(self.model.get_input_embeddings()), self.model)
+            width = embedding_width(self.model.get_input_embeddings())
+            check_weights(*came_from, peft_config, width, prompt_width(peft_config, decoder, width), self.model)
         return peft_config
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -117,7 +118,10 @@ class IDPModel(BaseTuner):
         try:
             shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
             source, width = f"the file of adapter {adapter_name!r}", embedding_width(model.get_input_embeddings())
-            check_shapes(shapes, config, width, source, model)
+            bank = next(module for module in model.modules() if hasattr(module, "idp_prompts")).idp_prompts[
+                adapter_name
+            ]
+            check_shapes(shapes, config, width, bank.embedding_dim, source, model)
             check_place(shapes, model, source)
         except ValueError:
             remove_adapter(model, adapter_name, only_new=True)

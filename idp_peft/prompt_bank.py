@@ -9,19 +9,24 @@ from torch import nn
 from idp_peft.config import IDPConfig
 from idp_peft.hosting.sharding import is_sharded, whole_shape
 
-_LEARNED = ("centroids", "contexts")
+_BUFFERS = ("centroids", "contexts", "frozen")  # what a bank holds beside its parameter, as its config says
 _SAME = 0.999  # a context whose direction is so near a centroid's is no start for another
 
 
 class PromptBank(nn.Embedding):
-    """The soft prompts of one adapter: `weight` is float32 `[sum_i k_i, d]`, prompt after prompt.
+    """The soft prompts of one adapter, prompt after prompt: `weight` is float32 `[sum_i k_i, d]`.
+
+    A token of a key/value prompt is a row too: its keys and values of every layer, end to end (`prompt_cache.py`). The rows of
+    tokens that are not trained stand in the buffer `frozen`, and not in `weight`.
 
     Args:
         lengths (`list[int]`): k_i, the length of each prompt in tokens.
-        embedding_dim (`int`): d, the width of the base model's input embeddings.
+        embedding_dim (`int`): d, the width of the base model's input embeddings; of key/value prompts, numbers per token.
         device (`torch.device`, *optional*): where the weight lives.
-        has_centroids (`bool`, defaults to `False`): whether the bank says what inputs each prompt is for
-            (`selection="centroid"`): `clusters` is `None` otherwise.
+        context_width (`int`, *optional*): the width of the base's input embeddings, where the bank is to say what inputs each
+            prompt is for (`selection="centroid"`): `clusters` is `None` otherwise.
+        frozen_tokens (`int`, defaults to 0): how many tokens at the front of each prompt are not trained.
+        holds_keys (`bool`, defaults to `False`): whether these are key/value prompts.
     """
 
     def __init__(
@@ -29,13 +34,18 @@ class PromptBank(nn.Embedding):
         lengths: list[int],
         embedding_dim: int,
         device: torch.device | None = None,
-        has_centroids: bool = False,
+        context_width: int | None = None,
+        frozen_tokens: int = 0,
+        holds_keys: bool = False,
     ) -> None:
-        super().__init__(sum(lengths), embedding_dim, device=device, dtype=torch.float32)
-        self.lengths = list(lengths)
+        trained = sum(lengths) - frozen_tokens * len(lengths)
+        super().__init__(trained, embedding_dim, device=device, dtype=torch.float32)
+        self.lengths, self.frozen_tokens, self.holds_keys = list(lengths), frozen_tokens, holds_keys
+        if frozen_tokens:
+            self.register_buffer("frozen", torch.zeros(frozen_tokens * len(lengths), embedding_dim, device=device))
         self.clusters: Clusters | None = None
-        if has_centroids:
-            self.register_buffer("centroids", torch.zeros(len(lengths), embedding_dim, device=device))
+        if context_width is not None:
+            self.register_buffer("centroids", torch.zeros(len(lengths), context_width, device=device))
             self.register_buffer("contexts", torch.zeros(len(lengths), dtype=torch.long, device=device))
             self.clusters = Clusters(self)
         self.is_new = True  # until it is first applied: a failed load takes a new bank off again
@@ -57,9 +67,9 @@ class PromptBank(nn.Embedding):
                 tensor.copy_(stored[name])
 
     def _apply(self, fn, recurse: bool = True) -> PromptBank:
-        learned = {} if self.clusters is None else {name: getattr(self, name) for name in _LEARNED}
+        buffers = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, exact in learned.items():  # float32, whatever the model is cast to; nor do they go to the meta device
+        for name, exact in buffers.items():  # float32, whatever the model is cast to; nor do they go to the meta device
             device = getattr(self, name).device
             setattr(self, name, exact if device.type == "meta" else exact.to(device))
         return self
@@ -70,12 +80,12 @@ class PromptBank(nn.Embedding):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.weight.is_meta and is_sharded(self.weight):
             # accelerate asks so for what FSDP2 has sharded, which these are not.
-            for name in _LEARNED:
+            for name in _BUFFERS:
                 destination.pop(f"{prefix}{name}", None)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
-        missing_keys[:] = [key for key in missing_keys if key.removeprefix(prefix) not in _LEARNED]
+        missing_keys[:] = [key for key in missing_keys if key.removeprefix(prefix) not in _BUFFERS]
 
     def embeddings(self) -> torch.Tensor:
         """The embeddings of all prompts, float `[sum_i k_i, d]`.
@@ -84,10 +94,26 @@ class PromptBank(nn.Embedding):
         where the model's own forward runs; outside of it every process must ask for them.
         """
         if is_sharded(self.weight):
-            return self.weight.full_tensor()
+            return self._with_frozen(self.weight.full_tensor())
         # The index stays on the CPU while an offloaded weight waits on the meta device.
         device = None if self.weight.is_meta else self.weight.device
-        return self(torch.arange(self.num_embeddings, device=device))
+        return self._with_frozen(self(torch.arange(self.num_embeddings, device=device)))
+
+    def _with_frozen(self, trained: torch.Tensor) -> torch.Tensor:
+        """All tokens of all prompts, the frozen ones in front of each prompt's others."""
+        if not self.frozen_tokens:
+            return trained
+        each = [length - self.frozen_tokens for length in self.lengths]
+        frozen = self.frozen.to(trained.device).split(self.frozen_tokens)
+        return torch.cat([part for pair in zip(frozen, trained.split(each), strict=True) for part in pair])
+
+    @torch.no_grad()
+    def start(self, tokens: torch.Tensor) -> None:
+        """Set all tokens of all prompts, float `[sum_i k_i, d]`, the frozen ones included."""
+        parts = [part.tensor_split([self.frozen_tokens]) for part in tokens.split(self.lengths)]
+        if self.frozen_tokens:
+            self.frozen.copy_(torch.cat([frozen for frozen, _ in parts]))
+        self.weight.copy_(torch.cat([trained for _, trained in parts]))
 
     def embeddings_as(self, dtype: torch.dtype) -> torch.Tensor:
         """The embeddings of all prompts in the base's type.
@@ -250,6 +276,12 @@ class Clusters:
             self.contexts[prompt] = 1
             started.append(prompt)
         return started
+
+
+def same_length(texts: list[list[int]], config: IDPConfig) -> torch.Tensor:
+    """Token ids of the texts that prompts start at, repeated or cut to their one length: int64 `[M, k]`."""
+    (length,) = set(config.prompt_lengths)
+    return torch.tensor([[ids[j % len(ids)] for j in range(length)] for ids in texts])
 
 
 @torch.no_grad()

@@ -65,6 +65,10 @@ class RecoverOptions:
     )
     min_tokens: int = _option(32, "Texts with fewer tokens are left out; chats are not.")
     self_samples: int = _option(256, "Texts that --dataset self samples.")
+    prompts: Literal["tokens", "key_values"] = _option(
+        "tokens", "What a prompt is: input vectors, or the keys and values of every layer."
+    )
+    num_frozen_tokens: int = _option(1, "Tokens at the front of each key/value prompt that are not trained.")
     num_prompts: int = _option(4, "M, prompts in the bank.")
     num_virtual_tokens: int = _option(32, "k, tokens of each prompt.")
     selection: Literal["attention", "centroid", "random", "fixed"] = _option("attention", "Who picks a prompt.")

@@ -101,7 +101,7 @@ def context_means_of_kinds(model: str, block: int = 256, context: int = 64) -> d
 def new_clusters(num_prompts: int, width: int):
     from idp_peft.prompt_bank import Clusters, PromptBank
 
-    return Clusters(PromptBank([1] * num_prompts, width, has_centroids=True))
+    return Clusters(PromptBank([1] * num_prompts, 1, context_width=width))
 
 
 def purity(clusters, held: dict) -> float:

@@ -17,6 +17,7 @@ from idp_peft.files.error_reason import reason
 from idp_peft.hosting.architectures import adds_positions, embedding_width, find_decoder, has_changing_rotary
 from idp_peft.hosting.promptable import check_promptable
 from idp_peft.models.auto_class import built_from
+from idp_peft.prompt_cache import key_value_layout, layout_width
 
 
 class BaseNotFound(ValueError):
@@ -73,10 +74,13 @@ def shared_base(sources: list[PromptSource], base_model=None) -> PreTrainedModel
     base = skeleton(base_model)
     if named and not (settled and base.name_or_path):
         base.name_or_path = named[0].base_name
-    width = embedding_width(base.get_input_embeddings())
+    holds_keys = sources[0].holds_keys
+    decoder = find_decoder(base)
+    width = layout_width(key_value_layout(decoder)) if holds_keys else embedding_width(base.get_input_embeddings())
     if width != sources[0].width:
+        what = "keys and values of one token" if holds_keys else "embeddings"
         raise ValueError(
-            f"the prompts of {sources[0].label} have width {sources[0].width}, the embeddings of the base model "
+            f"the prompts of {sources[0].label} have width {sources[0].width}, the {what} of the base model "
             f"{base.name_or_path or type(base).__name__!r} {width}"
         )
     return base

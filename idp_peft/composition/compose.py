@@ -7,13 +7,16 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from peft import PromptTuningConfig, TaskType, get_peft_model
+import torch
+from peft import PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from idp_peft.composition.base_skeleton import BaseNotFound, is_same_place, position_counts_bank, shared_base
 from idp_peft.composition.prompt_sources import PromptSource, distinct, fill, read_prompts
 from idp_peft.config import IDPConfig
+from idp_peft.hosting.architectures import find_decoder
+from idp_peft.prompt_cache import key_value_layout
 
 # What the adapters say, and the arguments of `compose` for it.
 _GIVEN = {
@@ -21,6 +24,8 @@ _GIVEN = {
     "num_prompts": "adapters",
     "num_virtual_tokens": "adapters",
     "prompt_names": "names",
+    "prompts": "adapters",
+    "num_frozen_tokens": "adapters",
     "base_model_name_or_path": "base_model",
     "init": "adapters",
 }
@@ -93,8 +98,11 @@ def compose(adapters, output_dir, names=None, base_model=None, **config_fields) 
         raise ValueError(f"`names` must be a list of one name per prompt, {len(prompts)}, got {names!r}")
     base = shared_base(sources, base_model)
     lengths = [len(prompt) for prompt in prompts]
+    keys = {"prompts": "key_values", "num_frozen_tokens": _frozen(sources)} if sources[0].holds_keys else {}
     config = IDPConfig(
         task_type=TaskType.CAUSAL_LM,
+        init_weights=False,
+        **keys,
         num_prompts=len(prompts),
         num_virtual_tokens=lengths[0] if len(set(lengths)) == 1 else lengths,
         prompt_names=names,
@@ -137,6 +145,8 @@ def split(adapter, output_dir, base_model=None) -> list[str]:
         _check_output(folder, [source])
     base = _base_to_split(source, base_model)
     decoder_config = None if base is None else base.config.get_text_config(decoder=True)
+    if source.holds_keys:
+        return _split_keys(source, folders, base)
     shared = PromptTuningConfig(
         task_type=TaskType.CAUSAL_LM,
         inference_mode=True,
@@ -147,10 +157,40 @@ def split(adapter, output_dir, base_model=None) -> list[str]:
         num_layers=getattr(decoder_config, "num_hidden_layers", None),
         num_attention_heads=getattr(decoder_config, "num_attention_heads", None),
     )
-    for folder, prompt in zip(folders, source.prompts, strict=True):
+    return _write(shared, folders, source.prompts)
+
+
+def _split_keys(source: PromptSource, folders: list[Path], base) -> list[str]:
+    """Prompts of keys and values, as PEFT's prefix tuning adapters."""
+    if base is None:
+        raise BaseNotFound(
+            f"the base of {source.label} must be known to split prompts of keys and values: pass `base_model`"
+        )
+    layout = set(key_value_layout(find_decoder(base)))
+    if len(layout) > 1 or any(key != value for _, key, value in layout):
+        raise ValueError(
+            f"PEFT's prefix tuning has keys and values of one shape in all layers, {type(base).__name__} has {sorted(layout)}"
+        )
+    ((heads, width, _),) = layout
+    shared = PrefixTuningConfig(
+        task_type=TaskType.CAUSAL_LM,
+        inference_mode=True,
+        base_model_name_or_path=base.name_or_path or None,
+        revision=source.config.revision,
+        token_dim=heads * width,
+        num_transformer_submodules=1,
+        num_layers=source.width // (2 * heads * width),
+        num_attention_heads=heads,
+    )
+    return _write(shared, folders, source.prompts)
+
+
+def _write(config, folders: list[Path], prompts: list[torch.Tensor]) -> list[str]:
+    """One adapter of PEFT's own per prompt."""
+    for folder, prompt in zip(folders, prompts, strict=True):
         folder.mkdir(parents=True, exist_ok=True)
-        shared.num_virtual_tokens = len(prompt)
-        shared.save_pretrained(str(folder))
+        config.num_virtual_tokens = len(prompt)
+        config.save_pretrained(str(folder))
         save_file(
             {"prompt_embeddings": prompt.contiguous()}, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"}
         )
@@ -165,12 +205,21 @@ def _read(adapters) -> list[PromptSource]:
     if not sources:
         raise ValueError("`adapters` must hold at least one adapter, got none")
     for source in sources:
+        if source.holds_keys != sources[0].holds_keys:
+            raise ValueError(
+                f"prompts of keys and values and token prompts cannot stand in one bank: {sources[0].label} and {source.label}"
+            )
         if source.width != sources[0].width:
             raise ValueError(
                 f"adapters must be of one base model: the prompts of {sources[0].label} have width {sources[0].width}, those "
                 f"of {source.label} {source.width}"
             )
     return sources
+
+
+def _frozen(sources: list[PromptSource]) -> int:
+    """How many tokens of all prompts are not trained: the fewest that any adapter leaves."""
+    return min(getattr(source.config, "num_frozen_tokens", 0) for source in sources)
 
 
 def _base_to_split(source: PromptSource, base_model):

@@ -19,9 +19,12 @@ from idp_peft.config import IDPConfig
 from idp_peft.files.error_reason import reason
 from idp_peft.hosting.checkpoint import bank_tensors, check_shapes, find_file
 from idp_peft.hosting.prompt_ids import AUTO
+from idp_peft.prompt_bank import PromptBank
 
-# What puts embeddings, and nothing else, in front of the input.
-_METHODS = ("IDP", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
+# What puts embeddings, or keys and values, and nothing else, in front of the input.
+_TOKENS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
+_KEYS = ("PREFIX_TUNING", "CARTRIDGE")
+_METHODS = ("IDP", *_TOKENS, *_KEYS)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,14 @@ class PromptSource:
 
     @property
     def width(self) -> int:
+        """How many numbers a token of its prompts is."""
         return self.prompts[0].shape[1]
+
+    @property
+    def holds_keys(self) -> bool:
+        """Whether these are key/value prompts."""
+        method = getattr(self.config.peft_type, "value", self.config.peft_type)
+        return method in _KEYS or getattr(self.config, "prompts", "tokens") == "key_values"
 
     @property
     def base_name(self) -> str | None:
@@ -68,7 +78,7 @@ def fill(bank, sources: list[PromptSource]) -> None:
     Raises:
         `ValueError`: where the bank chooses by centroids, and a source has none.
     """
-    bank.weight.copy_(torch.cat([prompt for source in sources for prompt in source.prompts]))
+    bank.start(torch.cat([prompt for source in sources for prompt in source.prompts]).to(bank.weight.device))
     if bank.clusters is None:
         return
     for source in sources:
@@ -181,8 +191,8 @@ def _check_method(config: PeftConfig, label: str) -> None:
     method = getattr(config.peft_type, "value", config.peft_type)
     if method not in _METHODS:
         raise ValueError(
-            f"{label} is a {method} adapter: only prompts that stand in front of the input as embeddings can be moved from "
-            f"one adapter to another, those of {', '.join(_METHODS)}"
+            f"{label} is a {method} adapter: only prompts that stand in front of the input can be moved from one adapter to "
+            f"another, those of {', '.join(_METHODS)}"
         )
     if config.task_type not in (None, TaskType.CAUSAL_LM):
         raise ValueError(
@@ -201,8 +211,14 @@ def _prompts(config: PeftConfig, tensors: dict[str, torch.Tensor], label: str) -
     if isinstance(config, IDPConfig):
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         bank = bank_tensors(tensors)
-        check_shapes(shapes, config, bank["weight"].shape[-1] if "weight" in bank else 0, label)
-        return list(bank["weight"].split(config.prompt_lengths))
+        width = bank["weight"].shape[-1] if "weight" in bank else 0
+        inputs = bank["centroids"].shape[-1] if "centroids" in bank else width
+        check_shapes(shapes, config, inputs, width, label)
+        whole = PromptBank(
+            config.prompt_lengths, width, frozen_tokens=config.frozen_tokens, holds_keys=config.prompts == "key_values"
+        )
+        whole.load(bank)
+        return list(whole.embeddings().detach().split(config.prompt_lengths))
     per_task = config.peft_type.value == "MULTITASK_PROMPT_TUNING"
     expected = {"prompt_embeddings"} | ({"prefix_task_cols", "prefix_task_rows"} if per_task else set())
     if set(tensors) != expected:
@@ -211,7 +227,8 @@ def _prompts(config: PeftConfig, tensors: dict[str, torch.Tensor], label: str) -
             "place for anything but prompts"
         )
     shared = tensors["prompt_embeddings"]  # [k, d]
-    stated = (config.num_virtual_tokens, config.token_dim or shared.shape[-1])
+    method = config.peft_type.value
+    stated = (config.num_virtual_tokens, shared.shape[-1] if method in _KEYS else config.token_dim or shared.shape[-1])
     if tuple(shared.shape) != stated:
         raise ValueError(f"{label} holds prompts of shape {list(shared.shape)}, its config says {list(stated)}")
     if not per_task:

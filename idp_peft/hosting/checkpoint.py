@@ -24,6 +24,7 @@ def check_weights(
     hub_arguments: dict,
     config,
     width: int,
+    prompt_width: int,
     model: nn.Module | None = None,
 ) -> None:
     """Check the weights file beside a config, in a folder or on the Hub (from where PEFT's own loader gets it next).
@@ -36,6 +37,7 @@ def check_weights(
         hub_arguments (`dict`): further arguments of `hf_hub_download` (`revision`, `token`, ...).
         config (`IDPConfig`): the config.
         width (`int`): d, the width of the base's input embeddings.
+        prompt_width (`int`): numbers per token of a prompt; d for token prompts.
         model (`PreTrainedModel`, *optional*): the base; without it, the file may hold no embeddings.
 
     Raises:
@@ -56,7 +58,7 @@ def check_weights(
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read and may be truncated: {error}") from error
-    check_shapes(shapes, config, width, str(path), model)
+    check_shapes(shapes, config, width, prompt_width, str(path), model)
 
 
 def refuse_gguf_base_in_auto_class(base: str | None) -> None:
@@ -106,7 +108,12 @@ def bank_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def check_shapes(
-    shapes: dict[str, tuple[int, ...]], config, width: int, source: str, model: nn.Module | None = None
+    shapes: dict[str, tuple[int, ...]],
+    config,
+    width: int,
+    prompt_width: int,
+    source: str,
+    model: nn.Module | None = None,
 ) -> None:
     """Check the tensors of an adapter by name and shape.
 
@@ -116,7 +123,7 @@ def check_shapes(
     Args:
         shapes (`dict`): name to shape.
         config (`IDPConfig`): the adapter's config.
-        width (`int`): d, the width of the base's input embeddings.
+        width (`int`), prompt_width (`int`): as in [`check_weights`].
         source (`str`): what the error calls the adapter.
         model (`PreTrainedModel` or `PeftModel`, *optional*): where it is going to be.
 
@@ -127,7 +134,9 @@ def check_shapes(
     if not ours:
         raise ValueError(f"{source} has no prompts: expected a tensor named '...{_KEY_END}', found {sorted(shapes)}")
     place = ours[0].removesuffix("weight")
-    others = sorted(set(shapes) - set(ours[:1]) - {f"{place}{name}" for name in _beside_prompts(config, width)})
+    others = sorted(
+        set(shapes) - set(ours[:1]) - {f"{place}{name}" for name in _beside_prompts(config, width, prompt_width)}
+    )
     embeddings = {key: shape for key in others if (shape := _embedding_shape(key, model)) is not None}
     if extra := [key for key in others if key not in embeddings or len(shapes[key]) != 2]:
         raise ValueError(f"{source} has unexpected tensors {extra}: an IDP adapter holds its prompts and nothing else")
@@ -137,26 +146,29 @@ def check_shapes(
                 f"{source} holds embeddings ({key}) of shape {list(shapes[key])}, this model's have {list(shape)}: call "
                 f"`resize_token_embeddings({shapes[key][0]})` on the model first"
             )
-    _check_prompts(shapes[ours[0]], config, width, source)
-    for name, expected in _beside_prompts(config, width).items():
+    _check_prompts(shapes[ours[0]], config, prompt_width, source)
+    for name, expected in _beside_prompts(config, width, prompt_width).items():
         if (found := shapes.get(f"{place}{name}")) != expected:
             raise ValueError(
-                f"{source} must hold '{place}{name}' of shape {list(expected)}, by which selection={config.selection!r} chooses, "
-                f"found {'none' if found is None else list(found)}"
+                f"{source} must hold '{place}{name}' of shape {list(expected)}, as its config says "
+                f"(selection={config.selection!r}, prompts={config.prompts!r}), found {'none' if found is None else list(found)}"
             )
 
 
-def _beside_prompts(config, width: int) -> dict[str, tuple[int, ...]]:
-    """What an adapter holds beside its prompts: name in the bank to shape."""
-    if config.selection != "centroid":
-        return {}
-    return {"centroids": (config.num_prompts, width), "contexts": (config.num_prompts,)}
+def _beside_prompts(config, width: int, prompt_width: int) -> dict[str, tuple[int, ...]]:
+    """What an adapter holds beside the prompts that it trains: name in the bank to shape."""
+    beside = {}
+    if config.selection == "centroid":
+        beside |= {"centroids": (config.num_prompts, width), "contexts": (config.num_prompts,)}
+    if config.frozen_tokens:
+        beside["frozen"] = (config.num_prompts * config.frozen_tokens, prompt_width)
+    return beside
 
 
 def _check_prompts(found: tuple[int, ...], config, width: int, source: str) -> None:
     if config.num_virtual_tokens is None:
         return
-    expected = (sum(config.prompt_lengths), width)
+    expected = (sum(config.prompt_lengths) - config.frozen_tokens * config.num_prompts, width)
     if found != expected:
         _rows, columns = found if len(found) == 2 else (None, None)
         why = (

@@ -153,6 +153,20 @@ def refuse_cache_under_checkpointing() -> None:
     )
 
 
+def refuse_key_values(checkpointing: bool, padding_first: bool) -> None:
+    """Raise where a prompt would have to be computed with its input, which one of keys and values cannot be."""
+    if checkpointing:
+        why = "gradient checkpointing drops the cache that holds the prompt: turn it off, or use prompts='tokens'"
+    elif padding_first:
+        why = (
+            "this decoder measures distance in slots, and padding would stand between the prompt and its text: pad on the right, "
+            "send rows of one length, or use prompts='tokens'"
+        )
+    else:
+        why = "this cache does not give back what it was given: use the default cache, or prompts='tokens'"
+    raise ValueError(f"a prompt of keys and values stands in a cache alone, and {why}")
+
+
 def refuse_shared_keys_without_cache(decoder: nn.Module) -> None:
     """Raise for layers that share keys and values in the cache, under gradient checkpointing, which drops it."""
     if shares_keys_in_cache(decoder):

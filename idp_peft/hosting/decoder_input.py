@@ -30,6 +30,7 @@ from idp_peft.hosting.checks import (
     prompts_of_earlier_turn,
     refuse_cache_under_checkpointing,
     refuse_foreign_cache,
+    refuse_key_values,
     refuse_later_tokens_in_a_turn,
     refuse_lengths_by_layer,
     refuse_lost_cache,
@@ -201,13 +202,13 @@ class DecoderInput:
         checkpointing = _is_checkpointing(decoder)
         # FSDP2 does not gather a layer's weights again for gradients that arrive through cached keys and values. And some
         # caches would not store a prompt as they store the first tokens of a text.
-        by_embeddings = (
-            checkpointing
-            or self.padding_first
-            or (layer.trains and gathers_layers(decoder))
-            or not stores_exactly(self.cache)
-        )
+        inexact = not stores_exactly(self.cache)
+        holds_keys = layer.active_bank.holds_keys
+        by_embeddings = checkpointing or self.padding_first or inexact
+        by_embeddings = by_embeddings or (layer.trains and gathers_layers(decoder) and not holds_keys)
         self.concatenates = by_embeddings and bool(front.positions)
+        if self.concatenates and holds_keys:
+            refuse_key_values(checkpointing, self.padding_first)
         keeps = self.returns_cache or shares_keys_in_cache(decoder)
         if (keeps and not checkpointing) or not self.concatenates:
             self.cache = DynamicCache(config=decoder.config) if self.cache is None else self.cache

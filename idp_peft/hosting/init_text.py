@@ -6,7 +6,8 @@ import os
 
 
 def text_token_ids(config) -> list[list[int]]:
-    """Token ids of each `init_text`, without special tokens.
+    """Token ids of each `init_text`, without special tokens; for key/value prompts with the beginning-of-sequence token in
+    front, where there is one: attention sinks on it.
 
     Args:
         config (`IDPConfig`): with `init="text"`, made by code: a config that is read from a file names no tokenizer.
@@ -24,4 +25,5 @@ def text_token_ids(config) -> list[list[int]]:
     for text, ids in zip(config.init_text, texts, strict=True):
         if not ids:
             raise ValueError(f"`init_text` must hold texts with at least one token, got {text!r}")
-    return texts
+    begins = config.prompts == "key_values" and tokenizer.bos_token_id is not None
+    return [[tokenizer.bos_token_id, *ids] for ids in texts] if begins else texts

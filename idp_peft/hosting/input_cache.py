@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 _CACHES = (Cache, DynamicCache, StaticCache)
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+if hasattr(cache_utils, "DummyLayer"):  # holds nothing: of layers that read another's keys and values
+    _LAYERS += (cache_utils.DummyLayer,)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from torch import nn
 from idp_peft.recover.centroids import cluster, context_means, nearest
 from idp_peft.recover.intact_prefix import start_prefix
 from idp_peft.recover.methods import method_config, prefix_parameters_per_token
+from idp_peft.recover.starts import start_at
 from idp_peft.recover.training import kinds_of, training_examples
 from idp_peft.texts.data import Block
 from idp_peft.texts.examples import read_examples
@@ -43,16 +44,33 @@ def with_adapter(
     clusters = None
     if settings.method == "idp" and settings.selection == "centroid":
         clusters = _clusters(model, blocks, kinds, count, settings)
-    texts = corpus_starts(tokenizer, starts, settings, _starts_of_kinds(blocks, kinds, clusters)) if from_text else None
+    chosen = _starts_of_kinds(blocks, kinds, clusters)
+    in_words = from_text and not (settings.method == "idp" and settings.prompts == "key_values")
+    texts = corpus_starts(tokenizer, starts, settings, chosen) if in_words else None
     adapted = get_peft_model(model, method_config(model, settings, texts, kinds or None))
     if clusters is not None:
         adapted.base_model.layer.active_bank.clusters.set(*clusters)
+    if settings.method == "idp" and settings.prompts == "key_values":
+        _start_at_keys(adapted, tokenizer, starts, chosen, teacher)
     if settings.method == "prefix_tuning" and from_text and teacher is not None:
         if prefix_parameters_per_token(teacher.config) == prefix_parameters_per_token(model.config):
             start_prefix(adapted, teacher, opening(tokenizer, starts, adapted.active_peft_config.num_virtual_tokens))
         else:
             logger.warning("the teacher has other keys and values than the model: the prefix starts at random")
     return adapted
+
+
+def _start_at_keys(adapted: PeftModel, tokenizer, starts: list[list[int]], chosen: list[int] | None, teacher) -> None:
+    """Key/value prompts at what the teacher makes of the chosen training blocks; of random ones by default."""
+    count = adapted.active_peft_config.num_prompts
+    chosen = torch.randperm(len(starts))[:count].tolist() if chosen is None else chosen
+    front = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    rows = [front + without(front, starts[number]) for number in chosen]
+    base = adapted.get_base_model()
+    if teacher is not None and prefix_parameters_per_token(teacher.config) != prefix_parameters_per_token(base.config):
+        logger.warning("the teacher has other keys and values than the model: prompts start at the model's own")
+        teacher = None
+    start_at(adapted, base if teacher is None else teacher, rows)
 
 
 def _clusters(model, blocks: list[Block], kinds: list[str], count: int, settings) -> tuple[torch.Tensor, torch.Tensor]:

@@ -104,7 +104,7 @@ def cluster(means: torch.Tensor, num_prompts: int, seed: int = 0) -> torch.Tenso
     directions = nn.functional.normalize(means - means.mean(0), dim=-1)
     found = KMeans(num_prompts, n_init=10, random_state=seed).fit_predict(directions.double().numpy())
     prompt_ids = torch.as_tensor(found, dtype=torch.long)
-    clusters = Clusters(PromptBank([1] * num_prompts, means.shape[1], has_centroids=True))
+    clusters = Clusters(PromptBank([1] * num_prompts, 1, context_width=means.shape[1]))
     for _ in range(_ROUNDS):
         clusters.set(prompt_ids, means)
         moved = clusters.scores(means).argmax(-1)
@@ -122,7 +122,7 @@ def nearest(means: torch.Tensor, prompt_ids: torch.Tensor, num_prompts: int) -> 
         prompt_ids (`torch.Tensor`): int64 `[contexts]`, which prompt each counts for.
         num_prompts (`int`): M. A prompt without a context takes that of another.
     """
-    clusters = Clusters(PromptBank([1] * num_prompts, means.shape[1], has_centroids=True))
+    clusters = Clusters(PromptBank([1] * num_prompts, 1, context_width=means.shape[1]))
     clusters.set(prompt_ids, means)
     scores = clusters.scores(means)
     own = nn.functional.one_hot(prompt_ids, num_prompts).bool()

@@ -14,7 +14,7 @@ from idp_peft.models.loading import place_of
 
 METHODS = ("idp", "prompt_tuning", "prefix_tuning", "lora")
 # Peak learning rates, as tuned (benchmarks/LOG.md); prefix tuning's is for the start at a teacher's keys and values, untuned.
-LEARNING_RATES = {"idp": 3e-2, "prompt_tuning": 3e-2, "prefix_tuning": 1e-2, "lora": 1e-3}
+LEARNING_RATES = {"idp": 3e-2, "key_values": 1e-2, "prompt_tuning": 3e-2, "prefix_tuning": 1e-2, "lora": 1e-3}
 
 
 def method_config(
@@ -35,7 +35,9 @@ def method_config(
     """
     if settings.method == "idp":
         start = {"init": settings.init}
-        if settings.init == "corpus":
+        if settings.prompts == "key_values":
+            start = {"prompts": "key_values", "num_frozen_tokens": settings.num_frozen_tokens, "init_weights": False}
+        elif settings.init == "corpus":
             start = {"init": "text", "init_text": texts, "tokenizer_name_or_path": place_of(settings.model)}
         return IDPConfig(
             task_type="CAUSAL_LM",
@@ -50,6 +52,9 @@ def method_config(
             **start,
         )
     budget = settings.num_prompts * settings.num_virtual_tokens * embedding_width(model.get_input_embeddings())
+    if settings.prompts == "key_values":
+        trained = settings.num_virtual_tokens - settings.num_frozen_tokens
+        budget = settings.num_prompts * trained * prefix_parameters_per_token(model.config)
     if settings.method == "lora":
         targets, rank = settings.lora_target_modules, settings.lora_rank
         if settings.match_budget:
@@ -64,6 +69,13 @@ def method_config(
             tokens = max(1, round(budget / prefix_parameters_per_token(model.config)))
         return PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
     raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {settings.method!r}")
+
+
+def learning_rate(settings) -> float:
+    """The peak learning rate of what is trained, where the user names none."""
+    return LEARNING_RATES[
+        settings.prompts if settings.prompts == "key_values" and settings.method == "idp" else settings.method
+    ]
 
 
 def nearest_lora(model: nn.Module, budget: int) -> tuple[str | list[str], int]:

@@ -24,7 +24,7 @@ from idp_peft.models.loading import accepted_by_trainer, load_model, load_tokeni
 from idp_peft.recover.adapter import with_adapter
 from idp_peft.recover.arguments import RecoverArguments
 from idp_peft.recover.checkpoints import MarkWhole, digests, is_whole
-from idp_peft.recover.methods import LEARNING_RATES
+from idp_peft.recover.methods import learning_rate
 from idp_peft.recover.run_folder import RunFolder
 from idp_peft.recover.self_text import sample_blocks
 from idp_peft.recover.settings import RecoverSettings
@@ -73,7 +73,7 @@ def recover(
         raise TypeError(f"recover() got `arguments` and, beside them, {given}: put these into `arguments`")
     settings.check()
     if arguments.learning_rate is None:
-        arguments.learning_rate = LEARNING_RATES[settings.method]
+        arguments.learning_rate = learning_rate(settings)
     with alone_in(Path(arguments.output_dir)) if arguments.process_index == 0 else contextlib.nullcontext():
         return _run(settings, arguments)
 

@@ -30,11 +30,12 @@ class RecoverSettings:
             (of a completion: its prompt).
         min_tokens (`int`, defaults to `32`): texts with fewer tokens are left out; chats are not.
         self_samples (`int`, defaults to `256`): texts that the teacher writes for `dataset="self"`.
-        num_prompts (`int`), num_virtual_tokens (`int`), selection (`str`), selection_layer (`int`),
+        prompts (`str`), num_frozen_tokens (`int`), num_prompts (`int`), num_virtual_tokens (`int`), selection (`str`), selection_layer (`int`),
             selection_reduction (`str`), assignment (`str`): as in [`IDPConfig`].
             With `"centroid"`, the centroids are set before training ([`fit_centroids`]).
         init (`str`, defaults to `"corpus"`): how prompts start: `"vocab"`, `"random"`, or the openings of training texts, each
-            of its own kind or cluster where there are such
+            of its own kind or cluster where there are such. Key/value prompts start at what the teacher makes of these, or,
+            without one of the model's shape, the model itself
             (prefix tuning: the teacher's keys and values of them, where there is a teacher).
         match_budget (`bool`, defaults to `False`): give a baseline the size nearest to the bank's parameter count.
         lora_rank (`int`, defaults to `16`), lora_target_modules (`str`, defaults to `"all-linear"`): of LoRA without
@@ -57,6 +58,8 @@ class RecoverSettings:
     context_tokens: int = 64
     min_tokens: int = 32
     self_samples: int = 256
+    prompts: str = "tokens"
+    num_frozen_tokens: int = 1
     num_prompts: int = 4
     num_virtual_tokens: int = 32
     selection: str = "attention"
@@ -82,6 +85,10 @@ class RecoverSettings:
         if self.kind_column is not None and (self.dataset == "self" or self.method != "idp"):
             what = f"`dataset` {self.dataset!r}" if self.dataset == "self" else f"`method` {self.method!r}"
             raise ValueError(f"`kind_column` says which prompt a document trains, and {what} has none: leave it out")
+        if self.method == "idp" and self.prompts == "key_values" and self.init != "corpus":
+            raise ValueError(
+                f"`init` must be 'corpus' with prompts='key_values', which start at real text, got {self.init!r}"
+            )
         if not 1 <= self.context_tokens < self.block_tokens:
             raise ValueError(
                 f"`context_tokens` must be from 1 to block_tokens - 1 = {self.block_tokens - 1}, got {self.context_tokens}"

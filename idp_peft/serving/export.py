@@ -127,6 +127,10 @@ def _folder_of(name: str, revision: str | None) -> Path:
 
 def _check(model: nn.Module, source: PromptSource, folder: Path) -> None:
     """Refuse what would come out wrong."""
+    if source.holds_keys:
+        raise ValueError(
+            f"{source.label} holds prompts of keys and values: no token of a vocabulary has these; train one with prompts='tokens'"
+        )
     embeddings, decoder = model.get_input_embeddings(), find_decoder(model)
     if source.width != embeddings.embedding_dim:
         raise ValueError(

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from idp_peft.hosting.architectures import (
     has_per_layer_inputs,
 )
 from idp_peft.layer import IDPLayer
+from idp_peft.prompt_cache import key_value_layout, layout_width
 from idp_peft.selection import Selection, select
 from idp_peft.serving.exported import ExportedModel, is_exported
 from idp_peft.texts.tokens import padded_batch
@@ -39,10 +41,11 @@ class Router:
     Args:
         layer (`IDPLayer`): the prompts, on a decoder that reaches to the selection layer.
         tokenizer (`PreTrainedTokenizerBase`): the base's.
+        holds_keys (`bool`, defaults to `False`): whether the adapter's prompts are keys and values.
     """
 
-    def __init__(self, layer: IDPLayer, tokenizer) -> None:
-        self.layer, self.tokenizer = layer, tokenizer
+    def __init__(self, layer: IDPLayer, tokenizer, holds_keys: bool = False) -> None:
+        self.layer, self.tokenizer, self.holds_keys = layer, tokenizer, holds_keys
 
     @classmethod
     def from_pretrained(cls, adapter: str | Path, base: str | Path | None = None, **load_model_kwargs) -> Router:
@@ -72,7 +75,7 @@ class Router:
             raise ValueError(f"`adapter` {str(adapter)!r} does not say what its base is: pass `base`")
         layer = _layer(source, name, {"device_map": "cpu", **load_model_kwargs})
         tokenizer = tokenizer_beside(str(adapter), {}, None)
-        return cls(layer, load_tokenizer(name) if tokenizer is None else tokenizer)
+        return cls(layer, load_tokenizer(name) if tokenizer is None else tokenizer, source.holds_keys)
 
     @property
     def config(self) -> IDPConfig:
@@ -164,7 +167,9 @@ def _layer(source: PromptSource, name: str, load_model_kwargs: dict) -> IDPLayer
     with _without_report():
         model = load_model(name, headless=True, config=_first_layers(bones.config, kept), **load_model_kwargs)
     decoder, embeddings = find_decoder(model), model.get_input_embeddings()
-    if source.width != embedding_width(embeddings):
+    if source.holds_keys:
+        source = _keys_of_first_layers(source, config, decoder, layers, embedding_width(embeddings))
+    elif source.width != embedding_width(embeddings):
         raise ValueError(
             f"the prompts of {source.label} have width {source.width}, the embeddings of the base model {name!r} "
             f"{embedding_width(embeddings)}"
@@ -177,6 +182,15 @@ def _layer(source: PromptSource, name: str, load_model_kwargs: dict) -> IDPLayer
     fill(layer.active_bank, [source])
     layer.eval()
     return layer
+
+
+def _keys_of_first_layers(source: PromptSource, config: IDPConfig, decoder, layers: int, width: int) -> PromptSource:
+    """As much of key/value prompts as a choice reads: the keys and values of the layers that there are, or nothing."""
+    if layers:
+        kept = layout_width(key_value_layout(decoder))
+        return replace(source, prompts=[prompt[:, :kept] for prompt in source.prompts])
+    config.prompts = "tokens"  # whatever they are: nothing reads them
+    return replace(source, prompts=[torch.zeros(len(prompt), width) for prompt in source.prompts])
 
 
 @contextlib.contextmanager

@@ -28,6 +28,10 @@ class VllmPrompts:
     """
 
     def __init__(self, router: Router) -> None:
+        if router.holds_keys:
+            raise ValueError(
+                "prompts of keys and values have no embeddings that an engine could be sent: train prompts='tokens'"
+            )
         self.router = router
 
     @torch.no_grad()
