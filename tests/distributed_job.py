@@ -22,7 +22,7 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from idp_peft import IDPConfig
+from idp_peft import IDPConfig, start_at
 from idp_peft.hosting.architectures import find_blocks
 from tests.tiny import tiny
 
@@ -31,6 +31,8 @@ from tests.tiny import tiny
 RESUMES = Version(accelerate.__version__) >= Version("1.15")
 LENGTHS = [3, 4, 2, 4]
 BATCH = 4  # of all processes together
+# As many tokens as `LENGTHS` in all, once the first of each prompt is frozen.
+KEY_VALUES = {"prompts": "key_values", "num_virtual_tokens": 4, "init_weights": False}
 
 
 def let_accelerate_shard_on_cpu(way: str) -> None:
@@ -69,7 +71,10 @@ def build(assignment: str, base: str | None = None, architecture: str = "llama",
     set_seed(7)
     model = tiny(architecture) if base is None else AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     config = {"num_prompts": 4, "num_virtual_tokens": LENGTHS, **config}
-    return get_peft_model(model, IDPConfig(task_type="CAUSAL_LM", assignment=assignment, **config))
+    adapted = get_peft_model(model, IDPConfig(task_type="CAUSAL_LM", assignment=assignment, **config))
+    if config.get("prompts") == "key_values":
+        start_at(adapted, tiny("llama", seed=1), [row["input_ids"].tolist() for row in examples(4)])
+    return adapted
 
 
 def bank_of(model):
@@ -243,6 +248,8 @@ def _trained(folder: Path, model, **how) -> Trainer:
 JOBS = {
     "selected": lambda folder, base: loop(folder, "selected", base=base),
     "uniform": lambda folder, base: loop(folder, "uniform", base=base),
+    "key_values": lambda folder, base: loop(folder, "selected", base=base, **KEY_VALUES),
+    "trainer_key_values": lambda folder, base: trainer(folder, "selected", base=base, **KEY_VALUES),
     "centroid": lambda folder, base: loop(folder, "selected", base=base, selection="centroid"),
     "all": lambda folder, base: loop(folder, "all", base=base),
     "checkpointing": lambda folder, base: loop(folder, "selected", base=base, checkpointing=True),

@@ -254,7 +254,7 @@ def test_what_no_cache_can_hold_is_refused_with_a_way_out(made):
     model = made("llama").train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with pytest.raises(
-        ValueError, match="gradient checkpointing drops the cache .* turn it off, or use prompts='tokens'"
+        ValueError, match=r"gradient checkpointing drops the cache .* turn it off, or use prompts='tokens'"
     ):
         model(**labelled(), use_cache=False)
     model.gradient_checkpointing_disable()

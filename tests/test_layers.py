@@ -72,10 +72,10 @@ OURS = modules("idp_peft")
 EVERYTHING = modules("idp_peft", "idp_peft_cli", "benchmarks")
 
 
-def test_the_method_is_in_eight_files_of_at_most_2000_lines():
+def test_the_method_is_in_eight_files_of_at_most_2200_lines():
     top = {path.stem for path in (ROOT / "idp_peft").glob("*.py")} - {"__init__"}
     assert top == set(CORE)
-    assert sum(len((ROOT / "idp_peft" / f"{name}.py").read_text().splitlines()) for name in CORE) <= 2000
+    assert sum(len((ROOT / "idp_peft" / f"{name}.py").read_text().splitlines()) for name in CORE) <= 2200
 
 
 def test_every_folder_has_its_place():

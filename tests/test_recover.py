@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from idp_peft.models.fingerprint import fingerprint
+from idp_peft.prompt_cache import keys_and_values
 from idp_peft.recover import recover
 from idp_peft.recover.centroids import context_means
 from idp_peft.recover.distillation import forward_kl
@@ -365,6 +366,28 @@ def test_centroids_are_fitted_before_training_and_every_prompt_starts_at_its_own
         assert {int(chosen[number]) for number, begin in enumerate(begins) if begin} == {prompt}
     again = run("again", selection="centroid", max_steps=3, learning_rate=0.03)
     assert torch.equal(weights(again)[CENTROIDS], weights(fitted)[CENTROIDS]), "and they stay where they are"
+
+
+@pytest.mark.parametrize("teacher", [None, "teacher"])
+@pytest.mark.parametrize("selection", ["attention", "centroid"])
+def test_key_value_prompts_start_at_what_the_teacher_makes_of_training_text(here, teacher, selection):
+    settings = {"prompts": "key_values", "selection": selection, **({"teacher": teacher} if teacher else {})}
+    start = run(max_steps=1, learning_rate=0.0, **settings)
+    model = AutoPeftModelForCausalLM.from_pretrained(start)
+    source = AutoModelForCausalLM.from_pretrained(teacher or "model")
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    rows = [[1, *block.ids[:3]] for block in blocks(tokenizer, load_texts("text.jsonl"), 16, 4)]
+    made = keys_and_values(source, torch.tensor(rows)).view(len(rows), -1)
+    for prompt in model.base_model.layer.active_bank.embeddings().view(3, -1):
+        assert (made - prompt).abs().max(-1).values.min() < 1e-6, "the beginning of a training text"
+    learned = run("learned", max_steps=30, learning_rate=0.03, **settings)
+    record = json.loads((here / "learned" / "run.json").read_text())
+    losses = [entry["loss"] for entry in record["training"]["history"] if "loss" in entry]
+    assert sum(losses[-3:]) < sum(losses[:3]), losses
+    frozen = "base_model.model.model.idp.idp_prompts.frozen"
+    assert torch.equal(weights(learned)[frozen], weights(start)[frozen])
+    with pytest.raises(ValueError, match="`init` must be 'corpus' with prompts='key_values'"):
+        run("other", **settings, init="vocab")
 
 
 def test_every_named_kind_trains_a_prompt_of_its_own(here):
