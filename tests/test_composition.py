@@ -16,7 +16,6 @@ from peft import (
     LoraConfig,
     MultitaskPromptTuningConfig,
     PeftModel,
-    PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
     get_peft_model,
@@ -359,7 +358,6 @@ def test_a_prompt_that_peft_cannot_place_is_not_split_off(make, tmp_path):
     ("config", "message"),
     [
         (LoraConfig(task_type="CAUSAL_LM"), r"is a LORA adapter: only prompts that stand in front of the input"),
-        (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "is a PREFIX_TUNING adapter: only prompts"),
         (PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4), "for task type 'SEQ_CLS': .* 'CAUSAL_LM'"),
         (PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4), "for task type 'SEQ_2_SEQ_LM'"),
         (

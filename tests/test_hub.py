@@ -16,6 +16,7 @@ from huggingface_hub import RepoCard
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 
 from idp_peft import IDPConfig
+from idp_peft.evaluation.description import adapter_parameters
 from idp_peft.hub.adapter_folder import push_adapter
 from idp_peft.hub.peft_model import IDPPeftModel, IDPPeftModelForCausalLM
 from idp_peft.hub.push import PushError
@@ -528,3 +529,23 @@ def test_a_card_without_a_trainer_names_the_folder_even_when_a_function_is_named
     (tmp_path / "adapter").mkdir()
     create_model_card()
     assert 'idp_peft.load("adapter"' in card_at(tmp_path / "adapter").text
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"selection": "centroid"},
+        {"prompts": "key_values", "init_weights": False},
+        {"selection": "centroid", "prompts": "key_values", "init_weights": False},
+    ],
+)
+def test_an_adapter_of_every_kind_is_pushed_with_the_count_of_what_it_trains(server, make, tmp_path, config):
+    model = make("llama", num_virtual_tokens=4, **config)
+    trained = model.get_nb_trainable_parameters()[0]
+    assert adapter_parameters(model) == trained
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "result.json").write_text(json.dumps(result_of(trained)))
+    push_adapter(tmp_path / "adapter", "user/name", tmp_path / "result.json")
+    assert f"{trained:,}" in server.files("user/name")["README.md"].decode()
+    model.push_to_hub("user/live")
+    assert f"{trained:,}" in server.files("user/live")["README.md"].decode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from idp_peft.evaluation.prompted import idp_layer
 from idp_peft.models.loading import find_model, holds_packed_weights
 
 _LABELS = {"idp": "IDP", "prompt_tuning": "prompt tuning", "prefix_tuning": "prefix tuning", "lora": "LoRA"}
@@ -43,7 +44,9 @@ def _role(model, settings: dict) -> str:
 
 
 def adapter_parameters(model) -> int:
-    """Numbers that the adapter's file holds."""
+    """Numbers that the adapter trained: of IDP its prompts, of others all that their file holds."""
+    if (layer := idp_layer(model)) is not None:
+        return layer.active_bank.num_embeddings * layer.active_bank.embedding_dim
     from peft import get_peft_model_state_dict
 
     return sum(tensor.numel() for tensor in get_peft_model_state_dict(model).values())

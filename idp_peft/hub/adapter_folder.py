@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from idp_peft.config import IDPConfig
 from idp_peft.files.inside_folder import files_inside
-from idp_peft.hosting.checkpoint import check_weights
+from idp_peft.hosting.checkpoint import bank_tensors, check_weights
 from idp_peft.hub.base_model import Base, base_of
 from idp_peft.hub.card_results import read_results
 from idp_peft.hub.card_text import CardFacts
@@ -63,7 +64,7 @@ def push_adapter(
     """
     folder = Path(adapter)
     config = _checked(folder)
-    parameters = sum(config.prompt_lengths) * _width(folder)
+    parameters = math.prod(_shapes(folder).get("weight") or [0])
     measured = read_results(results, config.num_prompts, parameters, folder)
     base = _with_format(base_of(config.base_model_name_or_path), config.revision, token)
     training = (measured.ours.get("training") if measured else None) or _training(folder)
@@ -95,20 +96,27 @@ def _checked(folder: Path) -> IDPConfig:
         raise ValueError(
             f"`adapter` {folder} is a {method} adapter: this pushes IDP's, PEFT's `push_to_hub` all others"
         )
-    check_weights(str(folder), None, {}, config, _width(folder))
+    width = _width(folder)
+    check_weights(str(folder), None, {}, config, _width(folder, "centroids") or width, width)
     if not (folder / _ADAPTER[1]).is_file():
         raise FileNotFoundError(f"`adapter` {folder} is not complete: there is no {_ADAPTER[1]} in it")
     return config
 
 
-def _width(folder: Path) -> int:
-    """Of the prompts in a folder's file; 0 for one that cannot be read, which `check_weights` says better."""
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    """Shapes of the bank in a folder's file, by the bank's own names; none of a file that cannot be read, which
+    `check_weights` says better."""
     try:
         with safe_open(folder / _ADAPTER[1], framework="pt") as file:
-            shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118  (no dictionary)
+            return bank_tensors({key: file.get_slice(key).get_shape() for key in file.keys()})  # noqa: SIM118
     except (SafetensorError, OSError):
-        return 0
-    return shapes[0][-1] if shapes and shapes[0] else 0
+        return {}
+
+
+def _width(folder: Path, name: str = "weight") -> int:
+    """Numbers per row of one of these tensors; 0 where there is none."""
+    shape = _shapes(folder).get(name)
+    return shape[-1] if shape else 0
 
 
 def _with_format(base: Base, revision: str | None, token) -> Base:
