@@ -17,7 +17,13 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from idp_peft.hosting.architectures import cache_name, find_decoder, forward_parameters, of_prompts_alone
+from idp_peft.hosting.architectures import (
+    cache_name,
+    find_decoder,
+    forward_parameters,
+    key_value_layout_of,
+    of_prompts_alone,
+)
 from idp_peft.hosting.call import internal_run
 from idp_peft.hosting.decoder_copy import evaluating
 from idp_peft.hosting.sharding import gathers
@@ -182,9 +188,14 @@ def key_value_layout(decoder: nn.Module) -> list[tuple[int, int, int]]:
     if known is None:
         table = next(module for module in decoder.modules() if isinstance(module, nn.Embedding))
         ids = torch.zeros(1, 1, dtype=torch.long, device=table.weight.device)
-        with torch.no_grad(), internal_run(), evaluating(decoder):
-            layers = _run(decoder, ids, input_ids=ids)
-        known = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
+        try:
+            with torch.no_grad(), internal_run(), evaluating(decoder):
+                layers = _run(decoder, ids, input_ids=ids)
+            known = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
+        except RuntimeError:  # transformers 5.0 runs nothing on the meta device
+            if not ids.is_meta:
+                raise
+            known = key_value_layout_of(decoder.config)
         decoder.__dict__["_idp_layout"] = known
     return known
 

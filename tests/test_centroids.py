@@ -340,7 +340,9 @@ def test_a_file_without_centroids_is_refused_and_changes_nothing(prompted, make,
     (tmp_path / "attention" / "adapter_config.json").write_text(right)
     base = tiny("llama")
     before = set(base.state_dict())
-    with pytest.raises(ValueError, match=r"must hold .*centroids.* of shape \[3, 32\], by which selection='centroid'"):
+    with pytest.raises(
+        ValueError, match=r"must hold .*centroids.* of shape \[3, 32\], as its config says \(selection='centroid'"
+    ):
         PeftModel.from_pretrained(base, tmp_path / "attention")
     assert set(base.state_dict()) == before
 

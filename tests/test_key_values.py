@@ -15,6 +15,7 @@ from idp_peft import IDPConfig
 from idp_peft.composition import compose, split
 from idp_peft.hosting.architectures import cache_name, find_decoder, forward_parameters
 from idp_peft.serving import Router, VllmPrompts, export_to_vocab
+from tests.hosts import needs_transformers_adapter_methods
 from tests.reference import bank_of
 from tests.tiny import NAMES, VOCAB, tiny, token_batch
 from tests.tiny_folder import tiny_folder, tiny_tokenizer
@@ -398,3 +399,17 @@ def test_the_router_chooses_and_what_needs_tokens_is_refused(made, tmp_path, sel
     assert not (tmp_path / "exported").exists()
     with pytest.raises(ValueError, match="have no embeddings that an engine could be sent"):
         VllmPrompts(router)
+
+
+@needs_transformers_adapter_methods
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@torch.no_grad()
+def test_transformers_own_loading_brings_everything(made, tmp_path, name):
+    model = made(name, selection="centroid")
+    idp_peft.fit_centroids(model, [{"input_ids": row} for row in texts(20, seed=3)])
+    model.save_pretrained(tmp_path)
+    ids, mask = token_batch([5, 9], "right")
+    expected = model(input_ids=ids, attention_mask=mask).logits
+    base = tiny(name)
+    base.load_adapter(str(tmp_path))
+    assert torch.equal(base.eval()(input_ids=ids, attention_mask=mask).logits, expected)

@@ -212,6 +212,14 @@ def by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:
     return named
 
 
+def key_value_layout_of(config) -> list[tuple[int, int, int]]:
+    """`(kv_heads, key_dim, value_dim)` of each layer, as a config says: right for layers that are all alike."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return [(kv_heads, head_dim, head_dim)] * config.num_hidden_layers
+
+
 # ------------------------------------------------------------------ how far back layers attend
 
 
