@@ -52,7 +52,7 @@ class IDPConfig(PeftConfig):
             needs causal attention.
         num_prompts (`int`, defaults to `4`):
             M, how many soft prompts the bank holds, at least 1. With 1 there is nothing to choose and IDP is prompt
-            tuning that survives padding, beams and static caches. The paper combines two to four.
+            tuning that survives padding, beams and static caches.
         num_virtual_tokens (`int`, `list[int]` or `None`, defaults to `32`):
             k, the length of every prompt in tokens, or one length per prompt (each at least 1). `None` is allowed with
             `init="text"` alone: each prompt is then as long as its text. 32 is a whole number of cache blocks in the
@@ -63,7 +63,7 @@ class IDPConfig(PeftConfig):
             more, have one length, and start at real text: `init="text"`, [`start_at`] or `recover`.
         num_frozen_tokens (`int`, defaults to `1`):
             How many tokens at the front of each key/value prompt are not trained, below `num_virtual_tokens`: the first is the
-            attention sink, which training destroys. Token prompts have none.
+            attention sink (the token that takes surplus attention), which training destroys. Token prompts have none.
         prompt_names (`list[str]`, *optional*):
             What the prompts are called, one distinct name per prompt: `prompt_ids` then takes names as well as numbers
             (`model(..., prompt_ids=["arc", "boolq", None, "auto"])`), and `last_selection.names` gives them. `"auto"`
@@ -72,12 +72,12 @@ class IDPConfig(PeftConfig):
         selection (`str`, defaults to `"attention"`):
             Who picks. `"attention"`: the equation above, the paper's. `"centroid"`: the prompt whose training contexts are
             most like the input, by the cosine of mean input embeddings (`selection.py`); right far more often where
-            inputs differ in kind (`docs/method.md`), and no layer runs for it. `"random"`: a hash of the context's token
+            inputs differ in kind (`benchmarks/kinds`), and no layer runs for it. `"random"`: a hash of the context's token
             ids and `selection_seed`, so the same input always gets the same prompt, alone or in a batch; the baseline
             every claim about selection must beat. `"fixed"`: always `fixed_prompt`.
         learn_centroids (`bool`, defaults to `True`):
             Whether `selection="centroid"` learns its centroids while training, from the contexts that train each prompt.
-            [`fit_centroids`] sets them beforehand, and this to `False`: they then stay as they are.
+            [`fit_centroids`] sets them beforehand, and turns this off.
         selection_layer (`int`, defaults to `0`):
             The decoder layer whose attention decides, from `-L` to `L-1` for L layers; negative counts from the end.
             At layer 0 the choice is exact and costs a fraction of one layer, because the input's queries there do not
@@ -147,7 +147,7 @@ class IDPConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Code leaves the field alone or passes the enum; JSON can only hold its text.
+        # A plain string means a file: code leaves the enum.
         from_file = type(self.peft_type) is str
         self.peft_type = IDPPeftType.IDP
         refuse_gguf_base_in_auto_class(self.base_model_name_or_path)
@@ -182,6 +182,7 @@ class IDPConfig(PeftConfig):
                 "on every kind of input: set learn_centroids=False, and call `idp_peft.fit_centroids` before training"
             )
         self._check_text_init(from_file)
+        _check_int("num_frozen_tokens", self.num_frozen_tokens, low=0)
         if self.prompts == "key_values":
             self._check_key_values(from_file)
 
@@ -287,7 +288,7 @@ class IDPConfig(PeftConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
         """Load a config from a folder or the Hub. Where it came from is remembered, so that the weights beside it can be
-        checked before a model is touched (see `checkpoint.py`)."""
+        checked before a model is touched (`hosting/checkpoint.py`)."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         hub_arguments, *_ = cls._split_kwargs(kwargs)
         config._came_from = (str(pretrained_model_name_or_path), subfolder, hub_arguments)

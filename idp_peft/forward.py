@@ -2,8 +2,9 @@
 
     IDP(x) = f([P_{i*(x)} ; E(x)])
 
-Hooks on the decoder do it ([`Forward`]). What the decoder is not told (IDP's own arguments, the labels) it finds in the running
-[`Call`], where the model's hooks left it (`hosting/model_call.py`).
+Hooks on the decoder do it ([`Forward`]). What the decoder is not told (IDP's own arguments, the labels) they read from the
+running [`Call`], where the model's hooks left it (`hosting/model_call.py`). `front` is what stands before the rows of a text, and
+`view` the caller's cache as the decoder sees it (`hosting/input_cache.py`).
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Forward:
         call.input = x.read(self.layer)
         if x.next_turn_ids is not None:
             self.layer.remember(Selection(x.next_turn_ids, prompt_names=self.layer.active_config.prompt_names))
-        if x.front is None:  # the beginning of a text
+        if x.front is None:  # the cache holds no prompt yet
             self.layer.active_bank.is_new = False
             prompt_ids = self._select(call, x) if x.kept_ids is None else x.kept_ids  # i*(x)
             front = Front.of(prompt_ids.to(x.real_tokens.device), self.layer.active_bank, self.layer.signature)
@@ -72,7 +73,7 @@ class Forward:
         """i*(x): the prompt of each row of the decoder's input, int64 `[batch]`. A `generate` chooses once."""
         layer, batch = self.layer, len(x.real_tokens)
         if gathers_layers(x.decoder) and not layer.trains:
-            layer.prompt_cache()  # every process gathers the layers for it, those too whose rows do not read it
+            layer.prompt_cache()  # all processes must join this gathering, also those whose rows do not read it
         rows = call.batch if call.generating else batch  # `generate` repeats each row for its beams
         selection = call.selection
         if selection is None:
@@ -125,8 +126,7 @@ def generate(layer, args: tuple, kwargs: dict, prompt_ids, selection_mask: torch
     batch, tokens = request.source.shape[:2]
     with running(Call(layer, prompt_ids, selection_mask, generating=True, batch=batch, tokens=tokens)) as call:
         config, bank = layer.active_config, layer.active_bank
-        asked = "auto" if prompt_ids is None else prompt_ids
-        forced = check_prompt_ids(asked, batch, bank.num_prompts, config.prompt_names)
+        forced = check_prompt_ids(prompt_ids, batch, bank.num_prompts, config.prompt_names)
         request.prepare(layer.decoder, bank.max_length)
         call.total = request.total_tokens
         kept = request.kept_prompts(layer.signature) if prompt_ids is None else None

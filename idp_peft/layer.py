@@ -47,7 +47,7 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         self.idp_remembered: dict[str, RememberedCache] = {}
         self.idp_config: dict[str, IDPConfig] = {}
         self._base = (model, decoder)  # in a tuple: as attributes they would become children of their own child
-        # Names: the parameters themselves would keep a whole model alive behind one that was sharded since.
+        # Names: references would keep a model in memory that was sharded since.
         self._trainable_before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._last_selection: Selection | None = None
         self.warned_of_targets = False
@@ -200,8 +200,8 @@ class IDPLayer(nn.Module, BaseTunerLayer):
     def prompt_cache_for_choice(self, number: int, rotary_length: int | None = None) -> PromptCache:
         """What the choice reads at the decoder's layer `number`: the prompt cache, or one that ends there.
 
-        A training step has no use for the layers above: it runs those prompts again that were chosen, with a graph. Nor
-        has a choice any use for frequencies that are left from another input: a copy of the first layers has none.
+        In training the cache ends at that layer: the chosen prompts run again, with a graph. A copied decoder carries no rotary
+        frequencies over from another input.
         """
         if self.active_bank.holds_keys or (not self.trains and not keeps_rotary(self.decoder)):
             return self.prompt_cache(rotary_length)

@@ -47,7 +47,7 @@ class IDPModel(BaseTuner):
         4. Prompts are trained together in one bank; the paper trains each alone.
 
     Args:
-        model (`PreTrainedModel`): a decoder-only causal language model, compressed or not. It is never changed.
+        model (`PreTrainedModel`): a decoder-only causal language model, compressed or not. Its weights never change.
         peft_config (`IDPConfig`): the adapter's configuration.
         adapter_name (`str`): its name.
     """
@@ -66,7 +66,7 @@ class IDPModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs) -> None:
         check_promptable(model)  # before PEFT looks at the model, and raises for what it finds
-        # Nothing to learn from a state dict: there is one place for the prompts.
+        # PEFT reads target modules off a state dict; IDP has one.
         kwargs["state_dict"] = None
         try:
             super().inject_adapter(model, adapter_name, **kwargs)
@@ -75,7 +75,7 @@ class IDPModel(BaseTuner):
             raise
 
     def _prepare_adapter_config(self, peft_config: IDPConfig, model_config: dict) -> IDPConfig:
-        """What the adapter asks of this model is refused here, before the model is touched."""
+        """Refuse what this model cannot do, before it is touched."""
         decoder = find_decoder(self.model)
         reads_attention = peft_config.chooses and peft_config.selection == "attention"
         check_selection_layer(decoder, peft_config.selection_layer, reads_attention)
@@ -169,7 +169,7 @@ class IDPModel(BaseTuner):
         self,
         inputs: torch.Tensor | None = None,
         *args,
-        prompt_ids: torch.Tensor | None = None,
+        prompt_ids=None,
         selection_mask: torch.Tensor | None = None,
         **kwargs,
     ):
@@ -178,7 +178,7 @@ class IDPModel(BaseTuner):
         Args:
             inputs (`torch.Tensor`, *optional*): int64 `[batch, n]`, as in transformers; also as `input_ids` or
                 `inputs_embeds`.
-            prompt_ids (`torch.Tensor`, *optional*): int64 `[batch]`, forced prompts; -1 for no prompt.
+            prompt_ids (*optional*): forced prompts, in any form that [`check_prompt_ids`] takes: int64 `[batch]`, names, ...
             selection_mask (`torch.Tensor`, *optional*): bool `[batch, n]`, the tokens that may steer the choice.
             kwargs: everything transformers' `generate` takes.
 

@@ -88,8 +88,7 @@ def attention_at_layer(
         return _gather(_combine_separate_runs(decoder, mask, prompt_cache, inputs), order.argsort(dim=1))
     cache = prompt_cache.side_by_side(len(attention_mask), layer + 1)
     if has_interface:
-        reads = lambda module, *args, **kwargs: attend(module.config.idp_reader, module, *args, **kwargs)  # noqa: E731
-        AttentionInterface.register(_IMPLEMENTATION, reads)
+        AttentionInterface.register(_IMPLEMENTATION, attend)
         return run(decoder, layer, mask, inputs, cache, _IMPLEMENTATION)
     check_selection_layer(decoder, layer)
     weights = run(decoder, layer, mask, inputs, cache, "eager")  # [B, H, n, S+n]
@@ -139,7 +138,6 @@ def run(decoder, layer: int, mask: BlockMask, inputs: dict, cache: DynamicCache,
 
 
 def attend(
-    reader: Reader,
     module,
     query,
     key,
@@ -150,13 +148,15 @@ def attend(
     sliding_window=None,
     softcap=None,
     s_aux=None,
+    reader: Reader | None = None,
     **_,
 ):
-    """Exact attention under the block mask; leaves at the reader's layer, by raising [`Reached`].
+    """Exact attention under the block mask; at the reader's layer it raises [`Reached`] with the result.
 
     Shapes as transformers passes them: `query` `[batch, heads, n, head_dim]`, `key` and `value`
     `[batch, kv_heads, S+n, head_dim]`; returns `[batch, n, heads, head_dim]`.
     """
+    reader = module.config.idp_reader if reader is None else reader
     biased = isinstance(attention_mask, torch.Tensor) and attention_mask.is_floating_point()  # made by the layer itself
     layer = AttentionLayer(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,

@@ -10,18 +10,19 @@ from idp_peft.config import IDPConfig
 from idp_peft.hosting.sharding import is_sharded, whole_shape
 
 _BUFFERS = ("centroids", "contexts", "frozen")  # what a bank holds beside its parameter, as its config says
-_SAME = 0.999  # a context whose direction is so near a centroid's is no start for another
+_SAME = 0.999  # a context whose cosine to a centroid is higher cannot start another
 
 
 class PromptBank(nn.Embedding):
-    """The soft prompts of one adapter, prompt after prompt: `weight` is float32 `[sum_i k_i, d]`.
+    """The soft prompts of one adapter, prompt after prompt, one row per token.
 
-    A token of a key/value prompt is a row too: its keys and values of every layer, end to end (`prompt_cache.py`). The rows of
-    tokens that are not trained stand in the buffer `frozen`, and not in `weight`.
+    A row of a token prompt is an input vector, `[d]`. A row of a key/value prompt is the token's keys and values of every layer,
+    end to end, `[P]` (`prompt_cache.py`). The parameter `weight` holds the tokens that are trained, float32
+    `[sum_i (k_i - frozen_tokens), d or P]`; the buffer `frozen` holds the others, the first of each prompt.
 
     Args:
         lengths (`list[int]`): k_i, the length of each prompt in tokens.
-        embedding_dim (`int`): d, the width of the base model's input embeddings; of key/value prompts, numbers per token.
+        embedding_dim (`int`): numbers per token: d, the width of the base model's input embeddings, or P.
         device (`torch.device`, *optional*): where the weight lives.
         context_width (`int`, *optional*): the width of the base's input embeddings, where the bank is to say what inputs each
             prompt is for (`selection="centroid"`): `clusters` is `None` otherwise.
@@ -42,13 +43,16 @@ class PromptBank(nn.Embedding):
         super().__init__(trained, embedding_dim, device=device, dtype=torch.float32)
         self.lengths, self.frozen_tokens, self.holds_keys = list(lengths), frozen_tokens, holds_keys
         if frozen_tokens:
-            self.register_buffer("frozen", torch.zeros(frozen_tokens * len(lengths), embedding_dim, device=device))
+            self._register("frozen", torch.float32, frozen_tokens * len(lengths), embedding_dim, device=device)
         self.clusters: Clusters | None = None
         if context_width is not None:
-            self.register_buffer("centroids", torch.zeros(len(lengths), context_width, device=device))
-            self.register_buffer("contexts", torch.zeros(len(lengths), dtype=torch.long, device=device))
+            self._register("centroids", torch.float32, len(lengths), context_width, device=device)
+            self._register("contexts", torch.long, len(lengths), device=device)
             self.clusters = Clusters(self)
-        self.is_new = True  # until it is first applied: a failed load takes a new bank off again
+        self.is_new = True  # no call has used it yet: a failed load removes it
+
+    def _register(self, name: str, dtype: torch.dtype, *shape: int, device: torch.device | None) -> None:
+        self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
 
     @property
     def num_prompts(self) -> int:
@@ -79,7 +83,7 @@ class PromptBank(nn.Embedding):
             self.clusters.settle()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.weight.is_meta and is_sharded(self.weight):
-            # accelerate asks so for what FSDP2 has sharded, which these are not.
+            # accelerate expects tensors that FSDP2 has sharded; these are not.
             for name in _BUFFERS:
                 destination.pop(f"{prefix}{name}", None)
 
@@ -88,10 +92,10 @@ class PromptBank(nn.Embedding):
         missing_keys[:] = [key for key in missing_keys if key.removeprefix(prefix) not in _BUFFERS]
 
     def embeddings(self) -> torch.Tensor:
-        """The embeddings of all prompts, float `[sum_i k_i, d]`.
+        """The rows of all prompts, float `[sum_i k_i, d or P]`.
 
-        They come through the module's forward, so that sharded parameters (ZeRO-3) are gathered. FSDP2 has gathered them
-        where the model's own forward runs; outside of it every process must ask for them.
+        The module's forward makes ZeRO-3 gather the weight. FSDP2 gathers it in the model's own forward; elsewhere every
+        process must call this.
         """
         if is_sharded(self.weight):
             return self._with_frozen(self.weight.full_tensor())
@@ -146,7 +150,7 @@ class PromptBank(nn.Embedding):
         return embeddings[self.token_index("right", embeddings.device)[prompt_ids.to(embeddings.device)]]
 
     def token_index(self, align: str, device: torch.device) -> torch.Tensor:
-        """int64 `[M, K]`: which row of `weight` stands in slot j of prompt i.
+        """int64 `[M, K]`: which row of [`embeddings`] stands in slot j of prompt i.
 
         Args:
             align (`str`): `"left"`: prompts begin at slot 0, and the slots after a shorter one repeat its last token.
@@ -177,8 +181,8 @@ class Clusters:
 
     m(x) is the mean input embedding of a context. Centroids are learned by online k-means (MacQueen, 1967): each context
     moves its prompt's centroid by 1/n of the way, n being how many that prompt has had. They move when an optimiser step
-    has ended, so that accumulated batches and several processes give what one large batch gives. They start at contexts of
-    the first step that are as different as can be; a centroid that has none takes the context that fits worst.
+    has changed the prompts, so that accumulated batches and several processes give what one large batch gives. They start at
+    contexts of the first step that are as different as can be; a prompt without a centroid takes the context that fits worst.
 
     Args:
         bank (`PromptBank`): it keeps `centroids`, float32 `[M, d]`, and `contexts`, int64 `[M]`, how many each has had.
@@ -190,7 +194,7 @@ class Clusters:
         self._prompts: torch.Tensor | None = None
 
     @property
-    def mean(self) -> torch.Tensor:
+    def centroids(self) -> torch.Tensor:
         return self.bank.centroids
 
     @property
@@ -209,8 +213,8 @@ class Clusters:
             means (`torch.Tensor`): m(x), float32 `[batch, d]`.
         """
         has_one = self.contexts > 0
-        centre = self.mean[has_one].mean(0)
-        scores = nn.functional.cosine_similarity((means - centre)[:, None], (self.mean - centre)[None], dim=-1)
+        centre = self.centroids[has_one].mean(0)
+        scores = nn.functional.cosine_similarity((means - centre)[:, None], (self.centroids - centre)[None], dim=-1)
         return scores.masked_fill(~has_one, -1.0)
 
     @torch.no_grad()
@@ -222,18 +226,18 @@ class Clusters:
             means (`torch.Tensor`): m(x), float32 `[contexts, d]`.
         """
         self._noted = []
-        self.mean.zero_()
+        self.centroids.zero_()
         self.contexts.zero_()
-        self._move(prompt_ids.to(self.mean.device), means.to(self.mean.device, torch.float32))
+        self._move(prompt_ids.to(self.centroids.device), means.to(self.centroids.device, torch.float32))
 
     def note(self, prompt_ids: torch.Tensor, is_free: torch.Tensor, means: torch.Tensor, prompts: torch.Tensor) -> None:
         """Note the contexts of a training batch; [`settle`] moves the centroids.
 
         Args:
-            prompt_ids (`torch.Tensor`): int64 `[batch]`, which prompt each trains; below 0: there was nothing to choose by.
+            prompt_ids (`torch.Tensor`): int64 `[batch]`, which prompt each trains; below 0 before any centroid exists.
             is_free (`torch.Tensor`): bool `[batch]`, whether the row was left to choose.
             means (`torch.Tensor`): m(x), float32 `[batch, d]`.
-            prompts (`torch.Tensor`): the bank's embeddings, which tell when the step has ended: they change then.
+            prompts (`torch.Tensor`): the bank's rows; a change marks the end of a step.
         """
         if not self._noted:
             self._prompts = prompts.detach().clone()
@@ -244,7 +248,9 @@ class Clusters:
         """Move the centroids by what was noted, once the step has ended (without `prompts`: at once)."""
         if not self._noted or (prompts is not None and torch.equal(prompts, self._prompts)):
             return
-        prompt_ids, is_free, means = (torch.cat(part).to(self.mean.device) for part in zip(*self._noted, strict=True))
+        prompt_ids, is_free, means = (
+            torch.cat(part).to(self.centroids.device) for part in zip(*self._noted, strict=True)
+        )
         self._noted, self._prompts = [], None
         waits = prompt_ids < 0
         self._move(prompt_ids[~waits], means[~waits])
@@ -257,22 +263,28 @@ class Clusters:
     def _move(self, prompt_ids: torch.Tensor, means: torch.Tensor) -> None:
         """Each context moves its prompt's centroid."""
         here = prompt_ids.bincount(minlength=len(self.contexts))
-        total = self.mean * self.contexts[:, None]
+        total = self.centroids * self.contexts[:, None]
         total.index_add_(0, prompt_ids, means)
         self.contexts.add_(here)
-        self.mean.copy_(torch.where(here[:, None] > 0, total / self.contexts.clamp(min=1)[:, None], self.mean))
+        self.centroids.copy_(
+            torch.where(here[:, None] > 0, total / self.contexts.clamp(min=1)[:, None], self.centroids)
+        )
 
     def _start_empty(self, means: torch.Tensor) -> list[int]:
         """Give prompts without a centroid one: of the contexts `[contexts, d]`, each time the one that fits worst."""
         started = []
-        centre = self.mean[self.contexts > 0].mean(0) if self.known else means.mean(0)
+        centre = self.centroids[self.contexts > 0].mean(0) if self.known else means.mean(0)
         directions = nn.functional.normalize(means - centre, dim=-1)
         for prompt in (self.contexts == 0).nonzero().flatten().tolist():
-            taken = nn.functional.normalize(self.mean[self.contexts > 0] - centre, dim=-1)
-            fit = (directions @ taken.T).max(-1).values if len(taken) else -(means - centre).norm(dim=-1)
+            taken = self.centroids[self.contexts > 0] - centre
+            if (taken.norm(dim=-1) > 0).any():
+                fit = (directions @ nn.functional.normalize(taken, dim=-1).T).max(-1).values
+            else:  # no direction yet: the context that is farthest out
+                distance = (means - centre).norm(dim=-1)
+                fit = torch.where(distance > 0, -distance, 1.0)
             if not len(fit) or fit.min() > _SAME:
                 break
-            self.mean[prompt] = means[fit.argmin()]
+            self.centroids[prompt] = means[fit.argmin()]
             self.contexts[prompt] = 1
             started.append(prompt)
         return started

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ from idp_peft.hosting.sharding import gathers
 from idp_peft.prompt_bank import PromptBank
 
 _lock = threading.RLock()
+_layouts: WeakKeyDictionary = WeakKeyDictionary()  # decoder -> [`key_value_layout`]
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ def compute_prompt_cache(
     rotary_length: int | None = None,
     prompts: torch.Tensor | None = None,
 ) -> PromptCache:
-    """Run each prompt alone through the decoder. Gradients flow where they are enabled.
+    """The keys and values of prompts: each run alone through the decoder, or unpacked from the bank. Gradients flow where they
+    are enabled.
 
     Shorter prompts are padded at their end, where causal attention hides the padding, and moved to their slots
     afterwards: no row is ever masked, so no kernel sees an empty row.
@@ -106,8 +109,8 @@ def compute_prompt_cache(
         decoder (`nn.Module`): the base model's decoder.
         bank (`PromptBank`): the prompts.
         dtype (`torch.dtype`): what they are cast to.
-        rotary_length (`int`, *optional*): where rotary frequencies depend on the length of the sequence, that length; a
-            last token at its end, which no prompt sees, makes the decoder choose them.
+        rotary_length (`int`, *optional*): where rotary frequencies depend on the length of the sequence, that length. An extra
+            last token at that position sets them; no prompt sees it.
         prompts (`torch.Tensor`, *optional*): int64 `[m]`, the prompts to run; all by default. Row j of the result is
             prompt `prompts[j]`.
 
@@ -151,9 +154,9 @@ def compute_prompt_cache(
 
 
 def _run(decoder: nn.Module, positions: torch.Tensor, **inputs) -> list:
-    """The layers of the cache of a run of the decoder, in which nothing is masked."""
+    """Run the decoder on unmasked rows; returns the layers of its cache."""
     cache, run = DynamicCache(), decoder
-    if gathers(decoder):  # its own hooks would drop, behind this run, what the forward around it has gathered
+    if gathers(decoder):  # without its own hooks: they would free weights that the forward around this run needs
         decoder.unshard()
         run = decoder.forward
     if "position_ids" in forward_parameters(type(decoder)):
@@ -184,7 +187,7 @@ def keys_and_values(model: nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
 
 def key_value_layout(decoder: nn.Module) -> list[tuple[int, int, int]]:
     """`(kv_heads, key_dim, value_dim)` of each layer that keeps any: what the decoder itself puts into a cache."""
-    known = decoder.__dict__.get("_idp_layout")
+    known = _layouts.get(decoder)
     if known is None:
         table = next(module for module in decoder.modules() if isinstance(module, nn.Embedding))
         ids = torch.zeros(1, 1, dtype=torch.long, device=table.weight.device)
@@ -196,7 +199,7 @@ def key_value_layout(decoder: nn.Module) -> list[tuple[int, int, int]]:
             if not ids.is_meta:
                 raise
             known = key_value_layout_of(decoder.config)
-        decoder.__dict__["_idp_layout"] = known
+        _layouts[decoder] = known
     return known
 
 
@@ -256,7 +259,7 @@ class RememberedCache:
             return self._cache
 
     def forget(self) -> None:
-        """Drop the cache; the next request computes it again. Needed only by whoever replaces base weights by hand."""
+        """Drop the cache; the next request computes it again. Call it after writing base weights through `.data`."""
         self.__init__()
 
     def _is_fresh(self, prompts: torch.Tensor, setting: tuple) -> bool:

@@ -72,13 +72,13 @@ def select(
         attention_mask (`torch.Tensor`, *optional*): `[batch, n]`, padded on either side; by default all tokens are real.
         selection_mask (`torch.Tensor`, *optional*): `[batch, n]`, the tokens that may steer the choice.
         labels (`torch.Tensor`, *optional*): `[batch, n]`. Without a `selection_mask`, the choice reads what stands before a
-            row's first label.
+            row's first label, and the whole row where nothing does.
         prompt_ids (*optional*): forced prompts, in any form that [`check_prompt_ids`] takes; `"auto"` lets a row choose.
         training (`bool`, defaults to `False`): whether `config.assignment` decides for rows that are not forced.
 
     Raises:
         `ValueError`: for an empty input, a row without a token to choose by, more tokens than the base has positions, or
-            `prompt_ids` that are none.
+            invalid `prompt_ids`.
     """
     config, clusters = layer.active_config, layer.active_bank.clusters
     mask = checked_tokens(layer.decoder, layer.active_bank.max_length, inputs, attention_mask)
@@ -87,8 +87,9 @@ def select(
         clusters.settle(layer.active_bank.embeddings())
     elif clusters is not None and not training:
         clusters.settle()
-    asked = AUTO if prompt_ids is None else prompt_ids
-    selected = check_prompt_ids(asked, len(mask), config.num_prompts, config.prompt_names).to(mask.device, copy=True)
+    selected = check_prompt_ids(prompt_ids, len(mask), config.num_prompts, config.prompt_names).to(
+        mask.device, copy=True
+    )
     is_free = selected == CHOOSES
     rows = is_free.nonzero().flatten().cpu()
     scores = None
@@ -101,7 +102,7 @@ def select(
     if learns:
         trained = selected if clusters.known else torch.where(is_free, CHOOSES, selected)
         context = _context(mask, selection_mask, labels)
-        has_context = context.any(-1)
+        has_context = context.any(-1) & (selected >= 0)  # a row without a prompt trains none
         noted = (
             trained[has_context],
             is_free[has_context],
@@ -274,8 +275,8 @@ def random_prompts(content: torch.Tensor, context: torch.Tensor, num_prompts: in
         `torch.Tensor`: int64 `[batch]`.
     """
     rank = context.long().cumsum(-1)  # 1, 2, ... over the context, whatever stands between
-    terms = _mix(content.long() + _mix(rank + seed * 0x9E3779B1)) * context
-    return (_mix(terms.sum(-1) + seed) & (2**62 - 1)) % num_prompts
+    terms = _mix(content.long() + _mix(rank + (seed * 0x9E3779B1 & (2**62 - 1)))) * context  # a seed may be any int64
+    return (_mix(terms.sum(-1) + (seed & (2**62 - 1))) & (2**62 - 1)) % num_prompts
 
 
 def _mix(value: torch.Tensor) -> torch.Tensor:
@@ -298,7 +299,7 @@ def deal_evenly(batch: int, num_prompts: int, rank: int = 0, processes: int = 1)
 
     It is drawn from torch's global CPU generator, which `Trainer` saves with its checkpoints. Several processes draw the
     same deal for the whole batch, since trainers seed them alike, and each takes its part. (Drawn for each part alone, all
-    parts would get the same few prompts.)
+    parts would get the same few prompts.) So each must have as many rows to deal to as the others.
 
     Args:
         batch (`int`): rows of this process.
@@ -315,7 +316,7 @@ def _warn_that_targets_may_steer(layer) -> None:
     if not layer.warned_of_targets:
         layer.warned_of_targets = True
         warnings.warn(
-            "this training step says nothing of which tokens are targets, so each row chose its prompt by all of its tokens: "
+            "this training step does not say which tokens are targets, so each row chose its prompt by all of its tokens: "
             "targets may steer the choice, and the same text may choose another prompt at inference. Pass `labels` (the "
             "choice then reads what stands before a row's first label) or `selection_mask` in the model's call",
             UserWarning,

@@ -13,6 +13,7 @@ import idp_peft
 from idp_peft import IDPConfig
 from idp_peft.composition import compose
 from idp_peft.hosting.architectures import find_decoder
+from idp_peft.prompt_bank import PromptBank
 from tests.reference import bank_of
 from tests.tiny import ARCHITECTURES_AND_MORE, NAMES, VOCAB, tiny, token_batch
 
@@ -286,6 +287,29 @@ def test_a_centroid_that_has_no_context_takes_the_one_that_fits_worst(make):
     assert len(trained.unique()) == 1
     step(model, two[1:9])
     assert bank_of(model).contexts.tolist().count(0) == 0, "the two others start at contexts that were far from it"
+
+
+def test_rows_that_train_no_prompt_move_no_centroid(make):
+    model, rows = learner(make), examples(24)
+    for start in (0, 12):
+        some = [{**row, "prompt_ids": number % 3} for number, row in enumerate(rows[start : start + 12])]
+        odd = {**rows[0], "input_ids": [95] * 15, "prompt_ids": -1}
+        step(model, [*some, odd])
+    model.state_dict()  # ends the step
+    assert bank_of(model).contexts.tolist() == [8, 8, 8]
+    embeddings = model.get_input_embeddings().weight
+    first = torch.stack([embeddings[row["input_ids"][:12]].mean(0) for row in rows[::3]]).mean(0)
+    assert torch.allclose(bank_of(model).centroids[0], first, atol=1e-6)
+
+
+def test_a_second_centroid_starts_at_the_context_that_is_farthest_from_the_only_one():
+    clusters = PromptBank([1, 1], 1, context_width=2).clusters
+    clusters.set(torch.tensor([0]), torch.tensor([[1.0, 0.0]]))
+    for means, expected in ([[[1.0, 0.0]], [0.0, 0.0]], [[[1.1, 0.0], [-3.0, 0.0], [1.0, 0.2]], [-3.0, 0.0]]):
+        means = torch.tensor(means)
+        clusters.note(torch.zeros(len(means)).long(), torch.ones(len(means)).bool(), means, torch.zeros(1))
+        clusters.settle()
+        assert clusters.centroids[1].tolist() == expected, "and not at one that is the same"
 
 
 def test_named_kinds_are_the_means_of_what_trains_them(make):

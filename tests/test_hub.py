@@ -546,6 +546,9 @@ def test_an_adapter_of_every_kind_is_pushed_with_the_count_of_what_it_trains(ser
     model.save_pretrained(tmp_path / "adapter")
     (tmp_path / "result.json").write_text(json.dumps(result_of(trained)))
     push_adapter(tmp_path / "adapter", "user/name", tmp_path / "result.json")
-    assert f"{trained:,}" in server.files("user/name")["README.md"].decode()
+    card = server.files("user/name")["README.md"].decode()
+    assert f"{trained:,}" in card
+    assert ("4 prompts of the keys and values of 4 tokens" in card) == ("prompts" in config)
+    assert ("the prompt whose training contexts it is most like" in card) == ("selection" in config)
     model.push_to_hub("user/live")
     assert f"{trained:,}" in server.files("user/live")["README.md"].decode()

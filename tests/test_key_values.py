@@ -275,6 +275,7 @@ def test_what_no_cache_can_hold_is_refused_with_a_way_out(made):
         ({"num_frozen_tokens": 5}, "`num_frozen_tokens` must be an int of at least 0 and at most 4"),
         ({"init_weights": True}, "must start at real text"),
         ({"init": "random", "init_weights": True}, "must start at real text"),
+        ({"prompts": "tokens", "num_frozen_tokens": "x"}, "`num_frozen_tokens` must be an int of at least 0, got 'x'"),
         ({"prompts": "keys"}, "`prompts` must be one of 'tokens', 'key_values'"),
     ],
 )

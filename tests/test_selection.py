@@ -31,6 +31,16 @@ def test_random_choice_is_even_and_changes_with_the_seed():
     assert (random_prompts(ids.flip(1), context, 5, 0) != random_prompts(ids, context, 5, 0)).any(), "order must count"
 
 
+@pytest.mark.parametrize("seed", [2**32, 2**40 + 1, 2**63 - 1])
+def test_every_seed_that_a_config_takes_chooses(make, seed):
+    ids, mask = token_batch([9, 5, 7])
+    assert random_prompts(ids, mask.bool(), 4, seed).max() < 4
+    model = make("llama", selection="random", selection_seed=seed)
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+    assert torch.equal(model.last_selection.prompt_ids, random_prompts(ids, mask.bool(), 4, seed))
+
+
 @pytest.mark.parametrize("batch", [0, 1, 3, 4, 10])
 def test_uniform_assignment_deals_prompts_evenly(batch):
     torch.manual_seed(0)

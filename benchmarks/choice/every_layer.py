@@ -75,13 +75,13 @@ def _attention_at_every_layer(
         """The probe's attention function, asked twice: as at the selection layer, and as at a layer below it."""
         reader = module.config.idp_reader
         try:
-            attend(replace(reader, layer=module.layer_idx, mask=of_parts), module, *args, **kwargs)
+            attend(module, *args, **kwargs, reader=replace(reader, layer=module.layer_idx, mask=of_parts))
         except Reached as reached:
             kept.append(reached.result)
         last = replace(reader, layer=-1)
         if module.layer_idx == len(blocks) - 1:
             raise Reached(kept[-1])
-        return attend(last, module, *args, **kwargs)
+        return attend(module, *args, **kwargs, reader=last)
 
     AttentionInterface.register(_IMPLEMENTATION, keep_and_go_on)
     cache = prompt_cache.side_by_side(len(real), len(blocks))

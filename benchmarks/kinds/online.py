@@ -139,7 +139,7 @@ def learn_as_built(train: dict, num_prompts: int, batch: int, steps: int, rng: r
             if few.any():  # one of them a step takes the context that fits worst
                 prompt = int(few.nonzero()[0])
                 worst = clusters.scores(means).max(-1).values.argmin()
-                clusters.mean[prompt] = means[worst]
+                clusters.centroids[prompt] = means[worst]
                 clusters.contexts[prompt] = 1
     return clusters
 

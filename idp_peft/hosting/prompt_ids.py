@@ -19,7 +19,7 @@ def check_prompt_ids(prompt_ids, batch: int, num_prompts: int, names: list[str] 
     Args:
         prompt_ids (`torch.Tensor`, `list`, `str` or `int`): integers `[batch]`; or a list of one entry per row, each a
             number, a name, `None` (no prompt, as -1) or `"auto"` (this row chooses, as every row does without
-            `prompt_ids`); or one number or name for all rows. What goes through `Trainer` must be a tensor:
+            `prompt_ids`); or one number or name for all rows; `None` is `"auto"` for all. What goes through `Trainer` must be a tensor:
             [`IDPConfig.prompt_id`] turns a name into its number.
         batch (`int`): rows of the input.
         num_prompts (`int`): M.
@@ -28,7 +28,7 @@ def check_prompt_ids(prompt_ids, batch: int, num_prompts: int, names: list[str] 
     Raises:
         `ValueError`: on another shape, type or range, an unknown name, or a name where prompts have none.
     """
-    chooses = []
+    chooses, prompt_ids = [], AUTO if prompt_ids is None else prompt_ids
     if not isinstance(prompt_ids, torch.Tensor):
         entries = _entries(prompt_ids, batch)
         chooses = [row for row, entry in enumerate(entries) if isinstance(entry, str) and entry == AUTO]

@@ -93,7 +93,8 @@ def _made_with(note: dict) -> str:
 
 def _lengths(config: IDPConfig) -> str:
     lengths = config.num_virtual_tokens
-    return " + ".join(map(str, lengths)) if isinstance(lengths, list) else str(lengths)
+    said = " + ".join(map(str, lengths)) if isinstance(lengths, list) else str(lengths)
+    return f"the keys and values of {said}" if config.prompts == "key_values" else said
 
 
 def _chosen_by(config: IDPConfig) -> str:
