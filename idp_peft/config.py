@@ -59,7 +59,7 @@ class IDPConfig(PeftConfig):
             common serving engines.
         prompts (`str`, defaults to `"tokens"`):
             What a prompt is. `"tokens"`, the paper's: k input vectors, whose keys and values are what the base makes of them.
-            `"key_values"`: the keys and values of every layer are the parameters themselves (`prompt_cache.py`); they repair
+            `"key_values"`: the keys and values of every layer are the parameters themselves (`key_values.py`); they repair
             more, have one length, and start at real text: `init="text"`, [`start_at`] or `recover`.
         num_frozen_tokens (`int`, defaults to `1`):
             How many tokens at the front of each key/value prompt are not trained, below `num_virtual_tokens`: the first is the

@@ -16,15 +16,9 @@ from idp_peft.hosting.architectures import embedding_dtype, embedding_width, fin
 from idp_peft.hosting.call import current_call, internal_run
 from idp_peft.hosting.checks import refuse_continuous_batching
 from idp_peft.hosting.decoder_copy import evaluating, first_layers
+from idp_peft.key_values import key_value_layout, keys_and_values, layout_width
 from idp_peft.prompt_bank import PromptBank, initial_tokens, same_length
-from idp_peft.prompt_cache import (
-    PromptCache,
-    RememberedCache,
-    compute_prompt_cache,
-    key_value_layout,
-    keys_and_values,
-    layout_width,
-)
+from idp_peft.prompt_cache import PromptCache, RememberedCache, compute_prompt_cache
 from idp_peft.selection import Selection
 
 _of_this_thread = threading.local()

@@ -3,8 +3,7 @@
 Causal attention means that what a prompt contributes to a layer never depends on the input behind it. So each prompt is
 run through the base model once, alone; a request copies the rows of its chosen prompt and computes its own tokens only.
 
-Of key/value prompts the cache *is* the parameters: a row of the bank is a token's keys of layer 0, its values of layer 0, its
-keys of layer 1, and so on, each `[kv_heads * head_dim]`. They start at what a model makes of real text.
+Of key/value prompts the cache *is* the parameters (`key_values.py`).
 """
 
 from __future__ import annotations
@@ -12,26 +11,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import DynamicCache
 
-from idp_peft.hosting.architectures import (
-    cache_name,
-    find_decoder,
-    forward_parameters,
-    key_value_layout_of,
-    of_prompts_alone,
-)
-from idp_peft.hosting.call import internal_run
-from idp_peft.hosting.decoder_copy import evaluating
-from idp_peft.hosting.sharding import gathers
+from idp_peft.hosting.architectures import of_prompts_alone
+from idp_peft.hosting.decoder_copy import run_unmasked
+from idp_peft.key_values import key_value_layout, unpack
 from idp_peft.prompt_bank import PromptBank
 
 _lock = threading.RLock()
-_layouts: WeakKeyDictionary = WeakKeyDictionary()  # decoder -> [`key_value_layout`]
 
 
 @dataclass(frozen=True)
@@ -133,7 +123,7 @@ def compute_prompt_cache(
         index = torch.cat([index, index[:, -1:]], dim=1)
         positions = nn.functional.pad(positions, (0, 1), value=rotary_length - 1)
     embeds = embeddings[index]  # [m, K (+ 1), d]
-    layers = _run(decoder, positions, inputs_embeds=embeds, **of_prompts_alone(decoder, embeds))
+    layers = run_unmasked(decoder, positions, inputs_embeds=embeds, **of_prompts_alone(decoder, embeds))
     source = bank.token_in_slot(device)[prompts]  # [m, K], the row that belongs into each slot
     equal = len(set(bank.lengths)) == 1
 
@@ -151,77 +141,6 @@ def compute_prompt_cache(
             "lower the learning rate"
         )
     return PromptCache(keys, values, [bank.lengths[prompt] for prompt in prompts.tolist()])
-
-
-def _run(decoder: nn.Module, positions: torch.Tensor, **inputs) -> list:
-    """Run the decoder on unmasked rows; returns the layers of its cache."""
-    cache, run = DynamicCache(), decoder
-    if gathers(decoder):  # without its own hooks: they would free weights that the forward around this run needs
-        decoder.unshard()
-        run = decoder.forward
-    if "position_ids" in forward_parameters(type(decoder)):
-        inputs["position_ids"] = positions
-    run(**inputs, use_cache=True, **{cache_name(type(decoder)): cache})
-    return cache.layers
-
-
-# ---------------------------------------------------------------------- key/value prompts
-
-
-@torch.no_grad()
-def keys_and_values(model: nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
-    """What a model makes of texts, as rows of a bank: float32 `[texts * k, P]`.
-
-    Args:
-        model (`PreTrainedModel`): the base, or the dense model that it was.
-        token_ids (`torch.Tensor`): int64 `[texts, k]`.
-    """
-    decoder = find_decoder(model)
-    token_ids = token_ids.to(model.get_input_embeddings().weight.device)
-    positions = torch.arange(token_ids.shape[1], device=token_ids.device).expand_as(token_ids)
-    with internal_run(), evaluating(decoder):
-        layers = _run(decoder, positions, input_ids=token_ids)
-    parts = [part for layer in layers for part in (layer.keys, layer.values)]  # [texts, kv_heads, k, head_dim] each
-    return torch.cat([part.transpose(1, 2).flatten(2).float().to(token_ids.device) for part in parts], -1).flatten(0, 1)
-
-
-def key_value_layout(decoder: nn.Module) -> list[tuple[int, int, int]]:
-    """`(kv_heads, key_dim, value_dim)` of each layer that keeps any: what the decoder itself puts into a cache."""
-    known = _layouts.get(decoder)
-    if known is None:
-        table = next(module for module in decoder.modules() if isinstance(module, nn.Embedding))
-        ids = torch.zeros(1, 1, dtype=torch.long, device=table.weight.device)
-        try:
-            with torch.no_grad(), internal_run(), evaluating(decoder):
-                layers = _run(decoder, ids, input_ids=ids)
-            known = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
-        except RuntimeError:  # transformers 5.0 runs nothing on the meta device
-            if not ids.is_meta:
-                raise
-            known = key_value_layout_of(decoder.config)
-        _layouts[decoder] = known
-    return known
-
-
-def layout_width(layout: list[tuple[int, int, int]]) -> int:
-    """P: how many numbers the keys and values of one token are."""
-    return sum(heads * (key + value) for heads, key, value in layout)
-
-
-def unpack(tokens: torch.Tensor, layout: list[tuple[int, int, int]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Rows of a bank as keys and values, per layer `[m, kv_heads, k, head_dim]`.
-
-    Args:
-        tokens (`torch.Tensor`): `[m, k, P]`.
-        layout (`list`): as [`key_value_layout`].
-    """
-    sizes = [heads * width for heads, *widths in layout for width in widths]
-    heads = [heads for heads, *widths in layout for _ in widths]
-    parts = [
-        part.unflatten(-1, (number, -1)).transpose(1, 2)
-        for part, number in zip(tokens.split(sizes, -1), heads, strict=True)
-    ]
-    return parts[::2], parts[1::2]
 
 
 class RememberedCache:

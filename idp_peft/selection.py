@@ -8,7 +8,7 @@ prompt sees another. Each prompt ends right before the input: prompt i has posit
 `ctx(x)` are the tokens that the choice may look at. `probe.py` computes A.
 
 `E` is the input embedding, `c_i` the mean of m(x) over the contexts that trained prompt i, and `mu` the mean of the `c_i`
-(`prompt_bank.py` learns them). No layer runs for that choice.
+(`centroids.py` learns them). No layer runs for that choice.
 
 [`select`] makes every choice of this package.
 """

@@ -13,6 +13,7 @@ import idp_peft
 
 ROOT = Path(idp_peft.__file__).parent.parent
 CORE = ["config", "prompt_bank", "selection", "probe", "prompt_cache", "forward", "layer", "model"]
+BEYOND = ["centroids", "key_values"]
 # A folder imports those before it. The core may use `hosting`, which knows transformers and PEFT and nothing of the method.
 ORDER = [
     ["files"],
@@ -65,17 +66,17 @@ def imported(source: str, module: str, known: dict[str, Path]) -> set[str]:
 def folder(module: str) -> str:
     """`"hub"` of `"idp_peft.hub.push"`, `"core"` of a module at the top."""
     parts = module.split(".")
-    return "core" if len(parts) == 2 and parts[1] in CORE else parts[1]
+    return "core" if len(parts) == 2 and parts[1] in (*CORE, *BEYOND) else parts[1]
 
 
 OURS = modules("idp_peft")
 EVERYTHING = modules("idp_peft", "idp_peft_cli", "benchmarks")
 
 
-def test_the_method_is_in_eight_files_of_at_most_2200_lines():
+def test_the_method_is_in_eight_files_and_what_goes_beyond_the_paper_in_files_of_its_own():
     top = {path.stem for path in (ROOT / "idp_peft").glob("*.py")} - {"__init__"}
-    assert top == set(CORE)
-    assert sum(len((ROOT / "idp_peft" / f"{name}.py").read_text().splitlines()) for name in CORE) <= 2200
+    assert top == {*CORE, *BEYOND}
+    assert sum(len((ROOT / "idp_peft" / f"{name}.py").read_text().splitlines()) for name in CORE) <= 1950
 
 
 def test_every_folder_has_its_place():

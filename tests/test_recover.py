@@ -17,8 +17,8 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
+from idp_peft.key_values import keys_and_values
 from idp_peft.models.fingerprint import fingerprint
-from idp_peft.prompt_cache import keys_and_values
 from idp_peft.recover import recover
 from idp_peft.recover.centroids import context_means
 from idp_peft.recover.distillation import forward_kl

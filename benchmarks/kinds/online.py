@@ -99,7 +99,8 @@ def context_means_of_kinds(model: str, block: int = 256, context: int = 64) -> d
 
 
 def new_clusters(num_prompts: int, width: int):
-    from idp_peft.prompt_bank import Clusters, PromptBank
+    from idp_peft.centroids import Clusters
+    from idp_peft.prompt_bank import PromptBank
 
     return Clusters(PromptBank([1] * num_prompts, 1, context_width=width))
 

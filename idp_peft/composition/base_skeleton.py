@@ -16,8 +16,8 @@ from idp_peft.composition.prompt_sources import PromptSource
 from idp_peft.files.error_reason import reason
 from idp_peft.hosting.architectures import adds_positions, embedding_width, find_decoder, has_changing_rotary
 from idp_peft.hosting.promptable import check_promptable
+from idp_peft.key_values import key_value_layout, layout_width
 from idp_peft.models.auto_class import built_from
-from idp_peft.prompt_cache import key_value_layout, layout_width
 
 
 class BaseNotFound(ValueError):

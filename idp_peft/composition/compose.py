@@ -16,7 +16,7 @@ from idp_peft.composition.base_skeleton import BaseNotFound, is_same_place, posi
 from idp_peft.composition.prompt_sources import PromptSource, distinct, fill, read_prompts
 from idp_peft.config import IDPConfig
 from idp_peft.hosting.architectures import find_decoder
-from idp_peft.prompt_cache import key_value_layout
+from idp_peft.key_values import key_value_layout
 
 # What the adapters say, and the arguments of `compose` for it.
 _GIVEN = {

@@ -12,15 +12,17 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from idp_peft.hosting.architectures import (
+    cache_name,
     find_attention,
     find_blocks,
     forward_parameters,
     keeps_rotary,
     uses_interface,
 )
-from idp_peft.hosting.sharding import gather_around, plain_class, unwrapped
+from idp_peft.hosting.sharding import gather_around, gathers, plain_class, unwrapped
 
 _HOOK_TABLES = (
     "_forward_pre_hooks",
@@ -42,6 +44,18 @@ def evaluating(decoder: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module.training = True
+
+
+def run_unmasked(decoder: nn.Module, positions: torch.Tensor, **inputs) -> list:
+    """Run the decoder on unmasked rows; returns the layers of its cache."""
+    cache, run = DynamicCache(), decoder
+    if gathers(decoder):  # without its own hooks: they would free weights that the forward around this run needs
+        decoder.unshard()
+        run = decoder.forward
+    if "position_ids" in forward_parameters(type(decoder)):
+        inputs["position_ids"] = positions
+    run(**inputs, use_cache=True, **{cache_name(type(decoder)): cache})
+    return cache.layers
 
 
 class Reached(Exception):

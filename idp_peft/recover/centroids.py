@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from idp_peft.centroids import Clusters
 from idp_peft.hosting.prompt_ids import check_prompt_ids
 from idp_peft.layer import active_layer
-from idp_peft.prompt_bank import Clusters, PromptBank
+from idp_peft.prompt_bank import PromptBank
 from idp_peft.selection import context_tokens, mean_embeddings
 from idp_peft.texts.examples import Example, collate, read_examples
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from idp_peft.key_values import key_value_layout, keys_and_values
 from idp_peft.layer import active_layer
-from idp_peft.prompt_cache import key_value_layout, keys_and_values
 
 
 def start_at(model, teacher: nn.Module, texts: Sequence[str | list[int]], tokenizer=None) -> None:

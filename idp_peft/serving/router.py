@@ -22,8 +22,8 @@ from idp_peft.hosting.architectures import (
     find_decoder,
     has_per_layer_inputs,
 )
+from idp_peft.key_values import key_value_layout, layout_width
 from idp_peft.layer import IDPLayer
-from idp_peft.prompt_cache import key_value_layout, layout_width
 from idp_peft.selection import Selection, select
 from idp_peft.serving.exported import ExportedModel, is_exported
 from idp_peft.texts.tokens import padded_batch
