@@ -8,6 +8,7 @@ from torch import nn
 
 from idp_peft.centroids import Clusters
 from idp_peft.config import IDPConfig
+from idp_peft.hosting.introspection import is_preparing_fsdp2
 from idp_peft.hosting.sharding import is_sharded, whole_shape
 
 _BUFFERS = ("centroids", "contexts", "frozen")  # what a bank holds beside its parameter, as its config says
@@ -82,8 +83,7 @@ class PromptBank(nn.Embedding):
         if self.clusters is not None:
             self.clusters.settle()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.weight.is_meta and is_sharded(self.weight):
-            # accelerate expects tensors that FSDP2 has sharded; these are not.
+        if is_preparing_fsdp2():
             for name in _BUFFERS:
                 destination.pop(f"{prefix}{name}", None)
 

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 
 import idp_peft
 from idp_peft import IDPConfig
-from idp_peft.evaluation.prompted import pad_right
 from idp_peft.models.loading import load_tokenizer
 from idp_peft.recover.training import collate, training_examples
 from idp_peft.serving import Router, export_to_vocab
+from idp_peft.texts.tokens import padded_batch
 from tests.tiny import tiny, token_batch
 from tests.tiny_folder import tiny_folder
 
@@ -79,7 +79,7 @@ def test_a_batch_of_a_tokenizer_that_we_hand_out_is_answered_as_each_row_alone(a
 def test_training_and_evaluation_pad_on_the_right_by_themselves():
     rows = [[5, 6, 7], [8, 9]]
     batch = collate(training_examples(rows, 1))
-    assert batch["attention_mask"].tolist() == pad_right(rows, "cpu")[1].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["attention_mask"].tolist() == padded_batch(rows)[1].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
 
 

@@ -24,7 +24,7 @@ class ContextRecorder(HarnessModel):
         super().__init__(*args, **kwargs)
         self.contexts: dict[tuple, list[int]] = {}
 
-    def _prompts_for(self, requests, questions):
+    def _selected(self, requests, questions):
         for question, members in group(questions).items():
             if question[2]:
                 shared = shared_context([requests[index] for index in members], self.max_length)

@@ -104,6 +104,17 @@ def frames_of_step() -> list[FrameType]:
     return []
 
 
+def is_preparing_fsdp2() -> bool:
+    """Whether accelerate is sharding a model by FSDP2 right now.
+
+    Why: it pairs the tensors of the model's state dict with those that `fully_shard` has made, and takes every one for a
+    parameter. A persistent buffer, which is not sharded, stops it (accelerate 1.15) or shifts all pairs behind it (1.10). It
+    can go when accelerate leaves buffers out.
+    """
+    sharding = ("accelerate.utils.fsdp_utils", "fsdp2_prepare_model")
+    return any((f.f_globals.get("__name__"), f.f_code.co_name) == sharding for f in _callers())
+
+
 def is_continuous_batching(cache_class: type) -> bool:
     """Whether a cache class belongs to transformers' continuous batching."""
     return cache_class.__module__.startswith(_CONTINUOUS)
