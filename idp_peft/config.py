@@ -64,6 +64,10 @@ class IDPConfig(PeftConfig):
         num_frozen_tokens (`int`, defaults to `1`):
             How many tokens at the front of each key/value prompt are not trained, below `num_virtual_tokens`: the first is the
             attention sink (the token that takes surplus attention), which training destroys. Token prompts have none.
+        scales (`bool`, defaults to `False`):
+            Whether one factor per output channel of every linear layer of the decoder is trained beside the prompts
+            (`scales.py`). All prompts share them; a row without a prompt gets the base exactly. They can be folded into the
+            weights' own row scales.
         prompt_names (`list[str]`, *optional*):
             What the prompts are called, one distinct name per prompt: `prompt_ids` then takes names as well as numbers
             (`model(..., prompt_ids=["arc", "boolq", None, "auto"])`), and `last_selection.names` gives them. `"auto"`
@@ -124,6 +128,7 @@ class IDPConfig(PeftConfig):
     )
     prompts: str = field(default="tokens", metadata={"help": f"What a prompt is: one of {_CHOICES['prompts']}."})
     num_frozen_tokens: int = field(default=1, metadata={"help": "Tokens of a key/value prompt that are not trained."})
+    scales: bool = field(default=False, metadata={"help": "Train a factor per output channel of the linear layers."})
     prompt_names: list[str] | None = field(default=None, metadata={"help": "One distinct name per prompt."})
     selection: str = field(
         default="attention", metadata={"help": f"Who picks a prompt: one of {_CHOICES['selection']}."}
@@ -163,6 +168,8 @@ class IDPConfig(PeftConfig):
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        if not isinstance(self.scales, bool):
+            raise ValueError(f"`scales` must be True or False, got {self.scales!r}")
         _check_int("num_prompts", self.num_prompts, low=1)
         self._check_lengths(from_file)
         self.prompt_names = checked_names(self.prompt_names, self.num_prompts)

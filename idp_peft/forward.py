@@ -54,6 +54,7 @@ class Forward:
             return None
         call = enter(decoder, self.layer, by_name(decoder, args, kwargs))
         x = DecoderInput(decoder, by_name(decoder, args, kwargs), call)
+        call.scaling = None
         if self.layer.active_name is None:
             kwargs = x.without_adapter()
             call.input = None if x.view is None else x
@@ -67,7 +68,9 @@ class Forward:
             front = Front.of(prompt_ids.to(x.real_tokens.device), self.layer.active_bank, self.layer.signature)
             x.begin(front, self.layer)
             self._put_in_front(x)  # P_{i*(x)}
-        return (), x.arguments()  # E(x) behind it: mask and positions count the prompt
+        arguments = x.arguments()  # E(x) behind it: mask and positions count the prompt
+        call.scaling = self.layer.scaling.of_rows(x.front.prompt_ids, x.all_tokens)
+        return (), arguments
 
     def _select(self, call: Call, x: DecoderInput) -> torch.Tensor:
         """i*(x): the prompt of each row of the decoder's input, int64 `[batch]`. A `generate` chooses once."""
@@ -104,7 +107,7 @@ class Forward:
         call = None if is_internal_run() else current_call(self.layer)
         if call is None:
             return None
-        x, call.input = call.input, None
+        x, call.input, call.scaling = call.input, None, None
         leave(decoder, self.layer)
         return None if x is None or output is None else x.hand_back(output)
 

@@ -14,11 +14,13 @@ from idp_peft.config import IDPConfig
 from idp_peft.forward import Forward
 from idp_peft.hosting.architectures import embedding_dtype, embedding_width, find_blocks, keeps_rotary
 from idp_peft.hosting.call import current_call, internal_run
+from idp_peft.hosting.checkpoint import BankSizes
 from idp_peft.hosting.checks import refuse_continuous_batching
 from idp_peft.hosting.decoder_copy import evaluating, first_layers
 from idp_peft.key_values import key_value_layout, keys_and_values, layout_width
 from idp_peft.prompt_bank import PromptBank, initial_tokens, same_length
 from idp_peft.prompt_cache import PromptCache, RememberedCache, compute_prompt_cache
+from idp_peft.scales import LinearScaling, linear_layers, output_channels
 from idp_peft.selection import Selection
 
 _of_this_thread = threading.local()
@@ -47,6 +49,7 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         self.warned_of_targets = False
         self._identity = uuid.uuid4().hex
         self._handles = Forward(self).hook(model, decoder)
+        self.scaling = LinearScaling(self)
 
     @property
     def model(self) -> nn.Module:
@@ -71,13 +74,16 @@ class IDPLayer(nn.Module, BaseTunerLayer):
                 f"an adapter's name must not be empty, have a dot in it, or be an attribute of a torch module, got {name!r}"
             )
         embeddings = self.get_base_layer()
-        holds_keys, width = config.prompts == "key_values", embedding_width(embeddings)
+        holds_keys, sizes = config.prompts == "key_values", bank_sizes(config, self.decoder, embeddings)
+        channels, handles = self.scaling.hook() if config.scales else (None, [])
+        self._handles += handles
         bank = PromptBank(
             config.prompt_lengths,
-            prompt_width(config, self.decoder, width),
-            context_width=width if config.selection == "centroid" else None,
+            sizes.prompt_width,
+            context_width=sizes.width if config.selection == "centroid" else None,
             frozen_tokens=config.frozen_tokens,
             holds_keys=holds_keys,
+            channels=channels,
         )
         if not bank.weight.is_meta:
             if config.init_weights and not embeddings.weight.is_meta and (texts is not None or not holds_keys):
@@ -166,7 +172,7 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         """The active adapter's prompt cache, computed where it is missing or stale."""
         remembered = RememberedCache() if keeps_rotary(self.decoder) else self.idp_remembered[self.active_name]
         bank = self.active_bank
-        with internal_run(), evaluating(self.decoder):
+        with internal_run(self.scaling.of_all()), evaluating(self.decoder):
             return remembered.get(self.decoder, bank, self.dtype, rotary_length)
 
     @property
@@ -188,7 +194,7 @@ class IDPLayer(nn.Module, BaseTunerLayer):
             prompts (`torch.Tensor`): int64 `[m]`, the prompts that the batch uses. The others get a gradient of zero.
         """
         bank = self.active_bank
-        with internal_run():
+        with internal_run(self.scaling.of_all()):
             return compute_prompt_cache(self.decoder, bank, self.dtype, rotary_length, prompts)
 
     def prompt_cache_for_choice(self, number: int, rotary_length: int | None = None) -> PromptCache:
@@ -213,11 +219,11 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         _selections()[self] = selection
 
 
-def prompt_width(config: IDPConfig, decoder: nn.Module, width: int) -> int:
-    """How many numbers a token of a prompt is: d, or P, its keys and values of every layer."""
-    if config.prompts == "tokens":
-        return width
-    return layout_width(key_value_layout(decoder))
+def bank_sizes(config: IDPConfig, decoder: nn.Module, embeddings: nn.Module) -> BankSizes:
+    """What shapes a bank of this config has on a base: d, P for key/value prompts, and the channels that it scales."""
+    width = embedding_width(embeddings)
+    prompt_width = width if config.prompts == "tokens" else layout_width(key_value_layout(decoder))
+    return BankSizes(width, prompt_width, sum(map(output_channels, linear_layers(decoder).values())))
 
 
 def active_layer(model) -> IDPLayer:

@@ -13,7 +13,7 @@ from torch import nn
 
 from idp_peft.config import IDPConfig, IDPPeftType
 from idp_peft.forward import generate
-from idp_peft.hosting.architectures import check_selection_layer, embedding_width, find_decoder
+from idp_peft.hosting.architectures import check_selection_layer, find_decoder
 from idp_peft.hosting.call import undisturbed
 from idp_peft.hosting.checkpoint import (
     check_place,
@@ -25,7 +25,7 @@ from idp_peft.hosting.checkpoint import (
 from idp_peft.hosting.init_text import text_token_ids
 from idp_peft.hosting.introspection import adapter_that_transformers_loads, peft_model_under_construction
 from idp_peft.hosting.promptable import check_promptable
-from idp_peft.layer import IDPLayer, prompt_width
+from idp_peft.layer import IDPLayer, bank_sizes
 from idp_peft.selection import Selection
 
 _CHILD = "idp"
@@ -81,8 +81,8 @@ class IDPModel(BaseTuner):
         check_selection_layer(decoder, peft_config.selection_layer, reads_attention)
         came_from = getattr(peft_config, "_came_from", None)
         if came_from is not None:
-            width = embedding_width(self.model.get_input_embeddings())
-            check_weights(*came_from, peft_config, width, prompt_width(peft_config, decoder, width), self.model)
+            sizes = bank_sizes(peft_config, decoder, self.model.get_input_embeddings())
+            check_weights(*came_from, peft_config, sizes, self.model)
         return peft_config
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -117,11 +117,9 @@ class IDPModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         try:
             shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
-            source, width = f"the file of adapter {adapter_name!r}", embedding_width(model.get_input_embeddings())
-            bank = next(module for module in model.modules() if hasattr(module, "idp_prompts")).idp_prompts[
-                adapter_name
-            ]
-            check_shapes(shapes, config, width, bank.embedding_dim, source, model)
+            source = f"the file of adapter {adapter_name!r}"
+            sizes = bank_sizes(config, find_decoder(model), model.get_input_embeddings())
+            check_shapes(shapes, config, sizes, source, model)
             check_place(shapes, model, source)
         except ValueError:
             remove_adapter(model, adapter_name, only_new=True)

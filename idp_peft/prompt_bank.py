@@ -29,6 +29,9 @@ class PromptBank(nn.Embedding):
             prompt is for (`selection="centroid"`): `clusters` is `None` otherwise.
         frozen_tokens (`int`, defaults to 0): how many tokens at the front of each prompt are not trained.
         holds_keys (`bool`, defaults to `False`): whether these are key/value prompts.
+        channels (`list[int]`, *optional*): the output channels of the decoder's linear layers, where the bank scales them. The
+            parameter `scales`, float32 `[sum(channels)]`, is what their factors differ from 1 by, so that weight decay draws
+            the model to the base; `None` otherwise.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class PromptBank(nn.Embedding):
         context_width: int | None = None,
         frozen_tokens: int = 0,
         holds_keys: bool = False,
+        channels: list[int] | None = None,
     ) -> None:
         trained = sum(lengths) - frozen_tokens * len(lengths)
         super().__init__(trained, embedding_dim, device=device, dtype=torch.float32)
@@ -50,6 +54,9 @@ class PromptBank(nn.Embedding):
             self._register("centroids", torch.float32, len(lengths), context_width, device=device)
             self._register("contexts", torch.long, len(lengths), device=device)
             self.clusters = Clusters(self)
+        self.channels = channels
+        scales = None if channels is None else nn.Parameter(torch.zeros(sum(channels), device=device))
+        self.register_parameter("scales", scales)
         self.is_new = True  # no call has used it yet: a failed load removes it
 
     def _register(self, name: str, dtype: torch.dtype, *shape: int, device: torch.device | None) -> None:
@@ -58,6 +65,11 @@ class PromptBank(nn.Embedding):
     @property
     def num_prompts(self) -> int:
         return len(self.lengths)
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers are trained. (A sharded weight has no elements of its own.)"""
+        return self.num_embeddings * self.embedding_dim + sum(self.channels or [])
 
     @property
     def max_length(self) -> int:
@@ -102,6 +114,14 @@ class PromptBank(nn.Embedding):
         # The index stays on the CPU while an offloaded weight waits on the meta device.
         device = None if self.weight.is_meta else self.weight.device
         return self._with_frozen(self(torch.arange(self.num_embeddings, device=device)))
+
+    def forward(self, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows of trained tokens; without any, the factors of the linear layers."""
+        return 1 + self.scales if tokens is None else super().forward(tokens)
+
+    def factors(self) -> torch.Tensor:
+        """The factors of the linear layers' output channels, float32 `[C]`; gathered as [`embeddings`] are."""
+        return 1 + self.scales.full_tensor() if is_sharded(self.scales) else self()
 
     def _with_frozen(self, trained: torch.Tensor) -> torch.Tensor:
         """All tokens of all prompts, the frozen ones in front of each prompt's others."""

@@ -146,13 +146,13 @@ def compute_prompt_cache(
 class RememberedCache:
     """The prompt cache of one adapter, kept until anything it depends on changes.
 
-    It depends on the prompts (compared by value: no way of writing them escapes that), the base's tensors (compared by
-    their version counters), the device, the dtype and autocast.
+    It depends on the prompts and scales (compared by value: no way of writing them escapes that), the base's tensors (compared
+    by their version counters), the device, the dtype and autocast.
     """
 
     def __init__(self) -> None:
         self._cache: PromptCache | None = None
-        self._prompts: torch.Tensor | None = None
+        self._bank: list[torch.Tensor] = []
         self._setting: tuple | None = None
         self._base: list[torch.Tensor] = []
         self._base_version = 0
@@ -166,14 +166,15 @@ class RememberedCache:
         """
         with _lock, torch.inference_mode(False), torch.no_grad():
             prompts = bank.embeddings()
+            now = [prompts] if bank.scales is None else [prompts, bank.factors()]
             device = prompts.device.type
             autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
             setting = (prompts.device, prompts.dtype, dtype, autocast, tuple(bank.lengths), rotary_length)
-            if not self._is_fresh(prompts, setting):
+            if not self._is_fresh(now, setting):
                 self.forget()
                 base = list(_base_tensors(decoder))
                 self._cache = compute_prompt_cache(decoder, bank, dtype, rotary_length)
-                self._prompts, self._setting = prompts.clone(), setting
+                self._bank, self._setting = [tensor.clone() for tensor in now], setting
                 self._base, self._base_version = base, _version(base)
             return self._cache
 
@@ -181,12 +182,12 @@ class RememberedCache:
         """Drop the cache; the next request computes it again. Call it after writing base weights through `.data`."""
         self.__init__()
 
-    def _is_fresh(self, prompts: torch.Tensor, setting: tuple) -> bool:
+    def _is_fresh(self, bank: list[torch.Tensor], setting: tuple) -> bool:
         return (
             self._cache is not None
             and self._setting == setting
             and self._base_version == _version(self._base)
-            and torch.equal(self._prompts, prompts)
+            and all(map(torch.equal, self._bank, bank))
         )
 
 

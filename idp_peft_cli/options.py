@@ -46,7 +46,7 @@ class RecoverOptions:
     """Train prompts (or a baseline) that repair a compressed model. Every flag of TrainingArguments works as well."""
 
     model: str = _required("Compressed model: a folder, a .gguf file or a Hub id ('default': a dense one).")
-    method: Literal["idp", "prompt_tuning", "prefix_tuning", "lora"] = _option(
+    method: Literal["idp", "prompt_tuning", "prefix_tuning", "lora", "ia3", "ln_tuning"] = _option(
         "idp", "What is trained: idp, or one of PEFT's own methods as a baseline."
     )
     teacher: str | None = _option(None, "Dense model to distil from; without one, language modelling on the text.")
@@ -75,6 +75,8 @@ class RecoverOptions:
     selection_layer: int = _option(0, "Layer whose attention decides.")
     selection_reduction: Literal["mean", "sum"] = _option("mean", "Score of a prompt: mean or sum over its tokens.")
     assignment: Literal["uniform", "selected", "all"] = _option("selected", "Which prompt a training example trains.")
+    scales: bool = _option(True, "Also train a factor per output channel of every linear layer, shared by the prompts.")
+    scales_learning_rate: float | None = _option(None, "Peak learning rate of the scales (default: their own).")
     init: Literal["vocab", "random", "corpus"] = _option(
         "corpus",
         "How prompts start: random tokens, random vectors, or the openings of training texts (prefix tuning: the teacher's "

@@ -13,7 +13,7 @@ import idp_peft
 
 ROOT = Path(idp_peft.__file__).parent.parent
 CORE = ["config", "prompt_bank", "selection", "probe", "prompt_cache", "forward", "layer", "model"]
-BEYOND = ["centroids", "key_values"]
+BEYOND = ["centroids", "key_values", "scales"]
 # A folder imports those before it. The core may use `hosting`, which knows transformers and PEFT and nothing of the method.
 ORDER = [
     ["files"],
@@ -76,7 +76,7 @@ EVERYTHING = modules("idp_peft", "idp_peft_cli", "benchmarks")
 def test_the_method_is_in_eight_files_and_what_goes_beyond_the_paper_in_files_of_its_own():
     top = {path.stem for path in (ROOT / "idp_peft").glob("*.py")} - {"__init__"}
     assert top == {*CORE, *BEYOND}
-    assert sum(len((ROOT / "idp_peft" / f"{name}.py").read_text().splitlines()) for name in CORE) <= 1950
+    assert sum(len((ROOT / "idp_peft" / f"{name}.py").read_text().splitlines()) for name in CORE) <= 1970
 
 
 def test_every_folder_has_its_place():

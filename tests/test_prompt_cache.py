@@ -146,8 +146,8 @@ def test_a_device_move_is_seen(make):
     run(model, token_batch([7])[0])
     remembered, tokens = model.base_model.layer.idp_remembered["default"], bank_of(model).weight.detach()
     device, *rest = remembered._setting
-    assert remembered._is_fresh(tokens, (device, *rest))
-    assert not remembered._is_fresh(tokens, (torch.device("meta"), *rest))
+    assert remembered._is_fresh([tokens], (device, *rest))
+    assert not remembered._is_fresh([tokens], (torch.device("meta"), *rest))
 
 
 def test_changed_base_weights_are_seen(make):

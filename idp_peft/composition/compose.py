@@ -26,6 +26,7 @@ _GIVEN = {
     "prompt_names": "names",
     "prompts": "adapters",
     "num_frozen_tokens": "adapters",
+    "scales": "adapters",
     "base_model_name_or_path": "base_model",
     "init": "adapters",
 }
@@ -77,7 +78,7 @@ def compose(adapters, output_dir, names=None, base_model=None, **config_fields) 
         `IDPConfig`: the new adapter's configuration.
 
     Raises:
-        `ValueError`: without adapters, for prompts of different widths or another width than the base's, for another
+        `ValueError`: without adapters, for adapters with different scales, for prompts of different widths or another width than the base's, for another
             method (LoRA, prefix tuning), task type or an encoder-decoder, for a pickled or broken file, for names that
             are not distinct, for a base that cannot be found, and where `output_dir` is one of the adapters.
 
@@ -103,6 +104,7 @@ def compose(adapters, output_dir, names=None, base_model=None, **config_fields) 
         task_type=TaskType.CAUSAL_LM,
         init_weights=False,
         **keys,
+        scales=_have_scales(sources),
         num_prompts=len(prompts),
         num_virtual_tokens=lengths[0] if len(set(lengths)) == 1 else lengths,
         prompt_names=names,
@@ -145,6 +147,11 @@ def split(adapter, output_dir, base_model=None) -> list[str]:
         _check_output(folder, [source])
     base = _base_to_split(source, base_model)
     decoder_config = None if base is None else base.config.get_text_config(decoder=True)
+    if source.scales is not None:
+        raise ValueError(
+            f"{source.label} has scales, which PEFT's prompt adapters have not: fold them into the base first "
+            "(`idp-peft export --fold_scales`), which gives a base and an adapter without any"
+        )
     if source.holds_keys:
         return _split_keys(source, folders, base)
     shared = PromptTuningConfig(
@@ -215,6 +222,18 @@ def _read(adapters) -> list[PromptSource]:
                 f"of {source.label} {source.width}"
             )
     return sources
+
+
+def _have_scales(sources: list[PromptSource]) -> bool:
+    """Whether the new bank has scales: those that all adapters have alike. A bank's scales are shared by its prompts."""
+    for source in sources[1:]:
+        first, other = sources[0].scales, source.scales
+        if (first is None) != (other is None) or (first is not None and not torch.equal(first, other)):
+            raise ValueError(
+                f"{sources[0].label} and {source.label} scale the base's linear layers differently, and the prompts of one bank "
+                "share their scales: compose adapters without scales, or prompts that were trained on the same ones"
+            )
+    return sources[0].scales is not None
 
 
 def _frozen(sources: list[PromptSource]) -> int:

@@ -17,7 +17,7 @@ from torch import nn
 
 from idp_peft.config import IDPConfig
 from idp_peft.files.error_reason import reason
-from idp_peft.hosting.checkpoint import bank_tensors, check_shapes, find_file
+from idp_peft.hosting.checkpoint import BankSizes, bank_tensors, check_shapes, find_file
 from idp_peft.hosting.prompt_ids import AUTO
 from idp_peft.prompt_bank import PromptBank
 
@@ -40,6 +40,8 @@ class PromptSource:
         model (`nn.Module`, *optional*): the base that the adapter is loaded on.
         centroids (`torch.Tensor`, *optional*): float32 `[prompts, d]`, what inputs each prompt is for, where the adapter
             says so; and contexts (`torch.Tensor`, *optional*): int64 `[prompts]`, by how many it was learned.
+        scales (`torch.Tensor`, *optional*): float32 `[C]`, what the factors of the linear layers' output channels differ from 1
+            by, where it has such.
     """
 
     label: str
@@ -50,6 +52,7 @@ class PromptSource:
     model: nn.Module | None = None
     centroids: torch.Tensor | None = None
     contexts: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -79,6 +82,8 @@ def fill(bank, sources: list[PromptSource]) -> None:
         `ValueError`: where the bank chooses by centroids, and a source has none.
     """
     bank.start(torch.cat([prompt for source in sources for prompt in source.prompts]).to(bank.weight.device))
+    if bank.scales is not None:
+        bank.scales.copy_(sources[0].scales)
     if bank.clusters is None:
         return
     for source in sources:
@@ -183,7 +188,7 @@ def _source(label: str, config, tensors: dict[str, torch.Tensor], stem: str, mod
     if names is None:
         names = [stem] if len(prompts) == 1 else [f"{stem}_{number}" for number in range(len(prompts))]
     bank = {name: tensor.detach().to("cpu", copy=True) for name, tensor in bank_tensors(tensors).items()}
-    learned = bank.get("centroids"), bank.get("contexts")
+    learned = bank.get("centroids"), bank.get("contexts"), bank.get("scales")
     return PromptSource(label, config, prompts, list(names), max(map(len, prompts)), model, *learned)
 
 
@@ -213,7 +218,7 @@ def _prompts(config: PeftConfig, tensors: dict[str, torch.Tensor], label: str) -
         bank = bank_tensors(tensors)
         width = bank["weight"].shape[-1] if "weight" in bank else 0
         inputs = bank["centroids"].shape[-1] if "centroids" in bank else width
-        check_shapes(shapes, config, inputs, width, label)
+        check_shapes(shapes, config, BankSizes(inputs, width), label)
         whole = PromptBank(
             config.prompt_lengths, width, frozen_tokens=config.frozen_tokens, holds_keys=config.prompts == "key_values"
         )

@@ -44,9 +44,9 @@ def _role(model, settings: dict) -> str:
 
 
 def adapter_parameters(model) -> int:
-    """Numbers that the adapter trained: of IDP its prompts, of others all that their file holds."""
+    """Numbers that the adapter trained: of IDP its prompts and scales, of others all that their file holds."""
     if (layer := idp_layer(model)) is not None:
-        return layer.active_bank.num_embeddings * layer.active_bank.embedding_dim
+        return layer.active_bank.num_parameters
     from peft import get_peft_model_state_dict
 
     return sum(tensor.numel() for tensor in get_peft_model_state_dict(model).values())

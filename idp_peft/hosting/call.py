@@ -36,6 +36,7 @@ class Call:
         checked (`bool`): whether the decoder was reached once, so that the call's arguments are checked.
         selection (`Selection`, *optional*): the choice of a `generate`, once made.
         input (`DecoderInput`, *optional*): of the decoder's running forward.
+        scaling (`Scaling`, *optional*): what scales the linear layers' outputs in that forward.
         outer (`Call`, *optional*): the call that goes on behind this one.
         adapter (`str`, *optional*): the adapter that was active when the call began. The call keeps it, whatever other
             threads set meanwhile.
@@ -55,6 +56,7 @@ class Call:
     checked: bool = False
     selection: object = None
     input: object = field(default=None, repr=False)
+    scaling: object = field(default=None, repr=False)
     outer: Call | None = field(default=None, repr=False)
     adapter: str | None = field(init=False)
 
@@ -86,9 +88,25 @@ def running(call: Call) -> Iterator[Call]:
         end(call)
 
 
-def internal_run():
-    """A context in which IDP itself runs the decoder: the hooks stand aside."""
-    return running(Call(None))
+def internal_run(scaling=None):
+    """A context in which IDP itself runs the decoder: the decoder's hooks stand aside.
+
+    Args:
+        scaling (`Scaling`, *optional*): what scales the linear layers meanwhile.
+    """
+    return running(Call(None, scaling=scaling))
+
+
+def scaling_in_force(owner: object, of_graph: object) -> object:
+    """What scales the linear layers of an owner's decoder now.
+
+    Args:
+        of_graph: what does where a backward runs a layer again (gradient checkpointing), whose call has ended.
+    """
+    call = _call.get()
+    if call is None:
+        return of_graph if torch._C._current_graph_task_id() != -1 else None
+    return call.scaling if call.owner in (owner, None) else None
 
 
 @contextmanager

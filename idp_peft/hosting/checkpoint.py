@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -18,13 +19,26 @@ _KEY_END = "idp.idp_prompts.weight"
 _BANK = "idp.idp_prompts."
 
 
+class BankSizes(NamedTuple):
+    """What the base says of the shapes of an adapter's tensors.
+
+    Args:
+        width (`int`): d, the width of the base's input embeddings.
+        prompt_width (`int`): numbers per token of a prompt; d for token prompts.
+        channels (`int`, *optional*): the output channels of all linear layers of the decoder; `None` where the base is not known.
+    """
+
+    width: int
+    prompt_width: int
+    channels: int | None = None
+
+
 def check_weights(
     source: str,
     subfolder: str | None,
     hub_arguments: dict,
     config,
-    width: int,
-    prompt_width: int,
+    sizes: BankSizes,
     model: nn.Module | None = None,
 ) -> None:
     """Check the weights file beside a config, in a folder or on the Hub (from where PEFT's own loader gets it next).
@@ -36,8 +50,7 @@ def check_weights(
         subfolder (`str`, *optional*): where in it.
         hub_arguments (`dict`): further arguments of `hf_hub_download` (`revision`, `token`, ...).
         config (`IDPConfig`): the config.
-        width (`int`): d, the width of the base's input embeddings.
-        prompt_width (`int`): numbers per token of a prompt; d for token prompts.
+        sizes (`BankSizes`): what the base says.
         model (`PreTrainedModel`, *optional*): the base; without it, the file may hold no embeddings.
 
     Raises:
@@ -58,7 +71,7 @@ def check_weights(
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read and may be truncated: {error}") from error
-    check_shapes(shapes, config, width, prompt_width, str(path), model)
+    check_shapes(shapes, config, sizes, str(path), model)
 
 
 def refuse_gguf_base_in_auto_class(base: str | None) -> None:
@@ -110,8 +123,7 @@ def bank_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def check_shapes(
     shapes: dict[str, tuple[int, ...]],
     config,
-    width: int,
-    prompt_width: int,
+    sizes: BankSizes,
     source: str,
     model: nn.Module | None = None,
 ) -> None:
@@ -123,7 +135,7 @@ def check_shapes(
     Args:
         shapes (`dict`): name to shape.
         config (`IDPConfig`): the adapter's config.
-        width (`int`), prompt_width (`int`): as in [`check_weights`].
+        sizes (`BankSizes`): what the base says.
         source (`str`): what the error calls the adapter.
         model (`PreTrainedModel` or `PeftModel`, *optional*): where it is going to be.
 
@@ -134,9 +146,7 @@ def check_shapes(
     if not ours:
         raise ValueError(f"{source} has no prompts: expected a tensor named '...{_KEY_END}', found {sorted(shapes)}")
     place = ours[0].removesuffix("weight")
-    others = sorted(
-        set(shapes) - set(ours[:1]) - {f"{place}{name}" for name in _beside_prompts(config, width, prompt_width)}
-    )
+    others = sorted(set(shapes) - set(ours[:1]) - {f"{place}{name}" for name in _beside_prompts(config, sizes)})
     embeddings = {key: shape for key in others if (shape := _embedding_shape(key, model)) is not None}
     if extra := [key for key in others if key not in embeddings or len(shapes[key]) != 2]:
         raise ValueError(f"{source} has unexpected tensors {extra}: an IDP adapter holds its prompts and nothing else")
@@ -146,22 +156,26 @@ def check_shapes(
                 f"{source} holds embeddings ({key}) of shape {list(shapes[key])}, this model's have {list(shape)}: call "
                 f"`resize_token_embeddings({shapes[key][0]})` on the model first"
             )
-    _check_prompts(shapes[ours[0]], config, prompt_width, source)
-    for name, expected in _beside_prompts(config, width, prompt_width).items():
-        if (found := shapes.get(f"{place}{name}")) != expected:
+    _check_prompts(shapes[ours[0]], config, sizes.prompt_width, source)
+    for name, expected in _beside_prompts(config, sizes).items():
+        found = shapes.get(f"{place}{name}")
+        if found is None or len(found) != len(expected) or any(b not in (None, a) for a, b in zip(found, expected)):
             raise ValueError(
-                f"{source} must hold '{place}{name}' of shape {list(expected)}, as its config says "
-                f"(selection={config.selection!r}, prompts={config.prompts!r}), found {'none' if found is None else list(found)}"
+                f"{source} must hold '{place}{name}' of shape {['any' if size is None else size for size in expected]}, as its "
+                f"config says (selection={config.selection!r}, prompts={config.prompts!r}, scales={config.scales}) and its base, "
+                f"found {'none' if found is None else list(found)}"
             )
 
 
-def _beside_prompts(config, width: int, prompt_width: int) -> dict[str, tuple[int, ...]]:
-    """What an adapter holds beside the prompts that it trains: name in the bank to shape."""
+def _beside_prompts(config, sizes: BankSizes) -> dict[str, tuple[int | None, ...]]:
+    """What an adapter holds beside the prompts that it trains: name in the bank to shape, `None` for a size not known."""
     beside = {}
     if config.selection == "centroid":
-        beside |= {"centroids": (config.num_prompts, width), "contexts": (config.num_prompts,)}
+        beside |= {"centroids": (config.num_prompts, sizes.width), "contexts": (config.num_prompts,)}
     if config.frozen_tokens:
-        beside["frozen"] = (config.num_prompts * config.frozen_tokens, prompt_width)
+        beside["frozen"] = (config.num_prompts * config.frozen_tokens, sizes.prompt_width)
+    if config.scales:
+        beside["scales"] = (sizes.channels,)
     return beside
 
 

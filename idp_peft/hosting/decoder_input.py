@@ -217,6 +217,11 @@ class DecoderInput:
             self.view = decoder_view(self.cache)
 
     @property
+    def all_tokens(self) -> int:
+        """How many tokens the decoder's rows have: the caller's, and the prompt's where it is computed with them."""
+        return self.tokens if self.joined is None else self.joined.inputs_embeds.shape[1]
+
+    @property
     def rotary_length(self) -> int | None:
         """The length that decides the rotary frequencies of the prompt's keys; `None` where they are fixed."""
         if not has_changing_rotary(self.decoder):

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from idp_peft.config import IDPConfig
 from idp_peft.files.inside_folder import files_inside
-from idp_peft.hosting.checkpoint import bank_tensors, check_weights
+from idp_peft.hosting.checkpoint import BankSizes, bank_tensors, check_weights
 from idp_peft.hub.base_model import Base, base_of
 from idp_peft.hub.card_results import read_results
 from idp_peft.hub.card_text import CardFacts
@@ -97,7 +97,7 @@ def _checked(folder: Path) -> IDPConfig:
             f"`adapter` {folder} is a {method} adapter: this pushes IDP's, PEFT's `push_to_hub` all others"
         )
     width = _width(folder)
-    check_weights(str(folder), None, {}, config, _width(folder, "centroids") or width, width)
+    check_weights(str(folder), None, {}, config, BankSizes(_width(folder, "centroids") or width, width))
     if not (folder / _ADAPTER[1]).is_file():
         raise FileNotFoundError(f"`adapter` {folder} is not complete: there is no {_ADAPTER[1]} in it")
     return config

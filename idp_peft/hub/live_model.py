@@ -27,8 +27,7 @@ def _configs(model: PeftModel) -> dict[str, IDPConfig]:
 
 def _number_of_parameters(model: PeftModel) -> int:
     first = next(iter(_configs(model))) or "default"
-    bank = model.base_model.layer.idp_prompts[first]
-    return bank.num_embeddings * bank.embedding_dim  # a sharded weight has no elements of its own
+    return model.base_model.layer.idp_prompts[first].num_parameters
 
 
 def write_card_of(model: PeftModel, file: Path, place: str, results: Results | None, tags: list[str]) -> None:

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import Trainer
 
 from idp_peft.config import IDPConfig
+from idp_peft.recover.two_rates import RepairTrainer
 
 _IGNORED = -100
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(RepairTrainer):
     """`transformers.Trainer` with the loss above.
 
     Args:

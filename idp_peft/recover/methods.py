@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
@@ -12,9 +12,18 @@ from idp_peft.config import IDPConfig
 from idp_peft.hosting.architectures import embedding_width
 from idp_peft.models.loading import place_of
 
-METHODS = ("idp", "prompt_tuning", "prefix_tuning", "lora")
+METHODS = ("idp", "prompt_tuning", "prefix_tuning", "lora", "ia3", "ln_tuning")
 # Peak learning rates, as tuned (benchmarks/LOG.md); prefix tuning's is for the start at a teacher's keys and values, untuned.
-LEARNING_RATES = {"idp": 3e-2, "key_values": 1e-2, "prompt_tuning": 3e-2, "prefix_tuning": 1e-2, "lora": 1e-3}
+LEARNING_RATES = {
+    "idp": 3e-2,
+    "key_values": 1e-2,
+    "scales": 1e-2,
+    "prompt_tuning": 3e-2,
+    "prefix_tuning": 1e-2,
+    "lora": 1e-3,
+    "ia3": 1e-2,
+    "ln_tuning": 1e-2,
+}
 
 
 def method_config(
@@ -44,6 +53,7 @@ def method_config(
             num_prompts=len(names) if names else settings.num_prompts,
             num_virtual_tokens=settings.num_virtual_tokens,
             prompt_names=names,
+            scales=settings.scales,
             selection=settings.selection,
             learn_centroids=settings.selection != "centroid",  # else they are set before training
             selection_layer=settings.selection_layer,
@@ -68,6 +78,10 @@ def method_config(
         if settings.match_budget:
             tokens = max(1, round(budget / prefix_parameters_per_token(model.config)))
         return PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
+    if settings.method == "ia3":  # a factor per output channel of every linear layer
+        return IA3Config(task_type="CAUSAL_LM", target_modules="all-linear", feedforward_modules=[])
+    if settings.method == "ln_tuning":
+        return LNTuningConfig(task_type="CAUSAL_LM", target_modules=norm_layers(model))
     raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {settings.method!r}")
 
 
@@ -75,6 +89,17 @@ def learning_rate(settings) -> float:
     """The peak learning rate of what is trained, where the user names none."""
     return LEARNING_RATES[
         settings.prompts if settings.prompts == "key_values" and settings.method == "idp" else settings.method
+    ]
+
+
+def norm_layers(model: nn.Module) -> list[str]:
+    """The names of a model's normalisation layers: modules without children whose one or two parameters are vectors."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if (parameters := list(module.parameters()))
+        and not list(module.children())
+        and all(parameter.ndim == 1 for parameter in parameters)
     ]
 
 

@@ -24,7 +24,7 @@ from idp_peft.models.loading import accepted_by_trainer, load_model, load_tokeni
 from idp_peft.recover.adapter import with_adapter
 from idp_peft.recover.arguments import RecoverArguments
 from idp_peft.recover.checkpoints import MarkWhole, digests, is_whole
-from idp_peft.recover.methods import learning_rate
+from idp_peft.recover.methods import LEARNING_RATES, learning_rate
 from idp_peft.recover.run_folder import RunFolder
 from idp_peft.recover.self_text import sample_blocks
 from idp_peft.recover.settings import RecoverSettings
@@ -227,6 +227,7 @@ def _trainer(model, teacher, train, held, settings, arguments: TrainingArguments
             settings.distillation_weight,
             settings.temperature,
             callbacks,
+            settings.scales_learning_rate or LEARNING_RATES["scales"],
         )
 
 

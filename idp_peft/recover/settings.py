@@ -15,7 +15,7 @@ class RecoverSettings:
     Args:
         model (`str`): the compressed model: a folder, a `.gguf` file or a Hub id (`"default"`: a dense one).
         method (`str`, defaults to `"idp"`): what is trained: `"idp"`, or one of PEFT's own methods as a baseline
-            (`"prompt_tuning"`, `"prefix_tuning"`, `"lora"`).
+            (`"prompt_tuning"`, `"prefix_tuning"`, `"lora"`, `"ia3"`, `"ln_tuning"`).
         teacher (`str`, *optional*): the dense model to distil from. Without one, the objective is language modelling.
         distillation_weight (`float`, defaults to `1.0`): the share of the distillation loss; the rest is language modelling.
         temperature (`float`, defaults to `1.0`): of the distillation loss.
@@ -33,6 +33,9 @@ class RecoverSettings:
         prompts (`str`), num_frozen_tokens (`int`), num_prompts (`int`), num_virtual_tokens (`int`), selection (`str`), selection_layer (`int`),
             selection_reduction (`str`), assignment (`str`): as in [`IDPConfig`].
             With `"centroid"`, the centroids are set before training ([`fit_centroids`]).
+        scales (`bool`, defaults to `True`): as in [`IDPConfig`]: train a factor per output channel beside the prompts. Without
+            them, prompts that were trained apart can be composed, and exported without folding.
+        scales_learning_rate (`float`, *optional*): the peak learning rate of the scales; by default their own.
         init (`str`, defaults to `"corpus"`): how prompts start: `"vocab"`, `"random"`, or the openings of training texts, each
             of its own kind or cluster where there are such. Key/value prompts start at what the teacher makes of these, or,
             without one of the model's shape, the model itself
@@ -66,6 +69,8 @@ class RecoverSettings:
     selection_layer: int = 0
     selection_reduction: str = "mean"
     assignment: str = "selected"
+    scales: bool = True
+    scales_learning_rate: float | None = None
     init: str = "corpus"
     match_budget: bool = False
     lora_rank: int = 16

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from idp_peft.recover.distillation import DistillationTrainer
+from idp_peft.recover.two_rates import RepairTrainer
 from idp_peft.texts.data import Block
 from idp_peft.texts.tokens import pad_right, padded_batch
 
@@ -71,8 +72,10 @@ def make_trainer(
     distillation_weight: float = 1.0,
     temperature: float = 1.0,
     callbacks: list[TrainerCallback] | None = None,
+    scales_learning_rate: float | None = None,
 ) -> Trainer:
-    """transformers' own `Trainer` for language modelling; with a `teacher`, one whose loss is distillation."""
+    """transformers' own `Trainer` for language modelling; with a `teacher`, one whose loss is distillation. Scales have a
+    learning rate of their own, where one is given."""
     common = dict(
         model=model,
         args=arguments,
@@ -80,7 +83,8 @@ def make_trainer(
         eval_dataset=held_out,
         data_collator=collate,
         callbacks=callbacks or [],
+        scales_learning_rate=scales_learning_rate,
     )
     if teacher is None:
-        return Trainer(**common)
+        return RepairTrainer(**common)
     return DistillationTrainer(teacher=teacher, weight=distillation_weight, temperature=temperature, **common)

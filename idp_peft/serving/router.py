@@ -24,6 +24,7 @@ from idp_peft.hosting.architectures import (
 )
 from idp_peft.key_values import key_value_layout, layout_width
 from idp_peft.layer import IDPLayer
+from idp_peft.scales import linear_layers, output_channels
 from idp_peft.selection import Selection, select
 from idp_peft.serving.exported import ExportedModel, is_exported
 from idp_peft.texts.tokens import padded_batch
@@ -166,7 +167,8 @@ def _layer(source: PromptSource, name: str, load_model_kwargs: dict) -> IDPLayer
         )  # one table is for all layers together, or the last ones read earlier ones' keys
     with _without_report():
         model = load_model(name, headless=True, config=_first_layers(bones.config, kept), **load_model_kwargs)
-    decoder, embeddings = find_decoder(model), model.get_input_embeddings()
+    whole, decoder, embeddings = decoder, find_decoder(model), model.get_input_embeddings()
+    source, config.scales = _scales_of_first_layers(source, whole, decoder), bool(source.scales is not None and layers)
     if source.holds_keys:
         source = _keys_of_first_layers(source, config, decoder, layers, embedding_width(embeddings))
     elif source.width != embedding_width(embeddings):
@@ -182,6 +184,20 @@ def _layer(source: PromptSource, name: str, load_model_kwargs: dict) -> IDPLayer
     fill(layer.active_bank, [source])
     layer.eval()
     return layer
+
+
+def _scales_of_first_layers(source: PromptSource, whole: nn.Module, decoder: nn.Module) -> PromptSource:
+    """As much of an adapter's scales as the layers that there are have."""
+    if source.scales is None:
+        return source
+    channels = {name: output_channels(module) for name, module in linear_layers(whole).items()}
+    if sum(channels.values()) != len(source.scales):
+        raise ValueError(
+            f"{source.label} has {len(source.scales)} scales, the base's linear layers have {sum(channels.values())} channels"
+        )
+    parts = dict(zip(channels, source.scales.split(list(channels.values())), strict=True))
+    kept = [parts[name] for name in linear_layers(decoder)]
+    return replace(source, scales=torch.cat(kept) if kept else source.scales[:0])
 
 
 def _keys_of_first_layers(source: PromptSource, config: IDPConfig, decoder, layers: int, width: int) -> PromptSource:
