@@ -6,7 +6,14 @@ import copy
 import json
 from pathlib import Path
 
-METHODS = ("base alone", "IDP", "prompt tuning", "prefix tuning", "LoRA, rank 16", "LoRA, budget-matched")
+# IDP as in the paper, and with what goes beyond it.
+IDP = {
+    "IDP": {},
+    "IDP by centroid": {"selection": "centroid"},
+    "IDP, key/values by centroid": {"selection": "centroid", "prompts": "key_values"},
+    "IDP, key/values by centroid, scales": {"selection": "centroid", "prompts": "key_values", "scales": True},
+}
+METHODS = ("base alone", *IDP, "prompt tuning", "prefix tuning", "LoRA, rank 16", "LoRA, budget-matched")
 # A Llama of a billion parameters with random weights: speed does not depend on their values.
 RANDOM_1B = dict(
     vocab_size=32_000,
@@ -45,15 +52,14 @@ def with_method(base, method: str, num_prompts: int = 4, num_virtual_tokens: int
     import torch
     from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
-    from idp_peft import IDPConfig
     from idp_peft.recover.methods import nearest_lora
 
     model = sharing_weights(base)
     if method == "base alone":
         return model.eval()
     common = {"task_type": "CAUSAL_LM"}
-    if method == "IDP":
-        config = IDPConfig(num_prompts=num_prompts, num_virtual_tokens=num_virtual_tokens, **common, **idp)
+    if method in IDP:
+        return _with_bank(model, num_prompts, num_virtual_tokens, IDP[method] | idp)
     elif method == "prompt tuning":
         config = PromptTuningConfig(num_virtual_tokens=num_virtual_tokens, **common)
     elif method == "prefix tuning":
@@ -68,6 +74,28 @@ def with_method(base, method: str, num_prompts: int = 4, num_virtual_tokens: int
         raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
     torch.manual_seed(0)
     return get_peft_model(model, config).eval()
+
+
+def _with_bank(model, num_prompts: int, num_virtual_tokens: int, fields: dict):
+    """A model with a bank, started at random tokens, each prompt with a centroid where the choice is by these."""
+    import torch
+    from peft import get_peft_model
+
+    import idp_peft
+
+    torch.manual_seed(0)
+    if fields.get("prompts") == "key_values":
+        fields = {**fields, "init_weights": False}
+    shape = {"num_prompts": num_prompts, "num_virtual_tokens": num_virtual_tokens}
+    adapted = get_peft_model(model, idp_peft.IDPConfig(task_type="CAUSAL_LM", **shape, **fields)).eval()
+    texts = torch.randint(10, model.config.vocab_size, (num_prompts, num_virtual_tokens)).tolist()
+    if "init_weights" in fields:
+        idp_peft.start_at(adapted, adapted.get_base_model(), texts)
+    bank = adapted.base_model.layer.active_bank
+    if bank.clusters is not None:
+        means = torch.randn(num_prompts, adapted.get_input_embeddings().weight.shape[1])
+        bank.clusters.set(torch.arange(num_prompts), means)
+    return adapted
 
 
 def sharing_weights(base):

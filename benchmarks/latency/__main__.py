@@ -23,6 +23,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--inputs", nargs="+", type=int, default=[32, 128, 512], help="tokens in")
     parser.add_argument("--tokens-out", type=int, default=32)
     parser.add_argument("--banks", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64], help="M of part 'prompts'")
+    parser.add_argument("--idp", nargs="+", default=["IDP"], help="ways of IDP whose M is raised in part 'prompts'")
     parser.add_argument("--lengths", nargs="+", type=int, default=[8, 32, 128], help="k of part 'lengths'")
     parser.add_argument("--num-prompts", type=int, default=4)
     parser.add_argument("--num-virtual-tokens", type=int, default=32)
@@ -37,7 +38,7 @@ def cases(options: argparse.Namespace) -> list[dict]:
     bank = {"num_prompts": options.num_prompts, "num_virtual_tokens": options.num_virtual_tokens}
     everyone = {method: {"method": method, **bank} for method in METHODS}
     base, one = {"base alone": {"method": "base alone"}}, {"batch": 1, "tokens_in": 128, **shape}
-    banks = {f"IDP, M = {m}": {"method": "IDP", **bank, "num_prompts": m} for m in options.banks}
+    banks = {f"{idp}, M = {m}": {"method": idp, **bank, "num_prompts": m} for m in options.banks for idp in options.idp}
     lengths = {
         f"{method}, k = {k}": {"method": method, **bank, "num_virtual_tokens": k}
         for k in options.lengths
@@ -113,7 +114,7 @@ class Contestant:
         from benchmarks.common.contestants import with_method
 
         self.model, self.compiled = with_method(base, **method), compiled
-        self.prompts = method.get("num_prompts") if method["method"] == "IDP" else None
+        self.prompts = method.get("num_prompts") if method["method"].startswith("IDP") else None
         if compiled:
             decoder = self.model.get_decoder()
             decoder.forward = torch.compile(decoder.forward)
@@ -167,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
     from benchmarks.latency.tables import write_tables
 
     transformers.utils.logging.set_verbosity_error()
-    not_settings = ("output", "parts", "batches", "inputs", "banks", "lengths", "repetitions", "seconds")
+    not_settings = ("output", "parts", "batches", "inputs", "banks", "lengths", "idp", "repetitions", "seconds")
     settings = {name: value for name, value in vars(options).items() if name not in not_settings}
     record = Record(options.output, settings)
     base = load_base(options.base)

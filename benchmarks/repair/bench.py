@@ -102,7 +102,7 @@ class Bench:
             result["by_prompt"] = self._by_prompt(model, settings.num_prompts, cell["split"])
         self.model = self._without_adapter(model)
         result["unrepaired"] = self._of_base(text, cell["split"])
-        result["environment"] = {**environment(), "device": _device_name(self.device)}
+        result["environment"] = environment()
         return result
 
     def _without_adapter(self, model):
@@ -167,7 +167,3 @@ def _spread(items: list, count: int) -> list:
 
 def _rounded(values: torch.Tensor) -> list[float]:
     return [round(value, 6) for value in values.tolist()]
-
-
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else "CPU"

@@ -28,6 +28,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8], help="sweep of the batch size")
     parser.add_argument("--lengths", nargs="*", type=int, default=[10, 32, 100], help="sweep of k")
     parser.add_argument("--banks", nargs="*", type=int, default=[1, 4, 16], help="sweep of M")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory, a process each")
     return parse_with_common(parser, arguments, RESULTS, repetitions=5)
 
 
@@ -114,7 +115,7 @@ def measure(options: argparse.Namespace, record) -> None:
         del running
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    for number, case in enumerate(cases(options)):
+    for number, case in enumerate([] if options.no_memory else cases(options)):
         for name, settings in contestants().items():
             everyone = number == 0 or name in _COMPARED
             if everyone and not record.has(case=case, contestant=name, repetition="memory"):
