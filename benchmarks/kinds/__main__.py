@@ -51,7 +51,13 @@ def train(options: argparse.Namespace) -> dict[str, Path]:
     from idp_peft.composition import compose
     from idp_peft.recover import recover
 
-    settings = {"teacher": options.teacher, "context_tokens": options.context_tokens, "max_steps": options.steps}
+    # Without scales: prompts that are trained apart share none, and could not be composed.
+    settings = {
+        "teacher": options.teacher,
+        "context_tokens": options.context_tokens,
+        "max_steps": options.steps,
+        "scales": False,
+    }
     one = {"num_prompts": 1, "num_virtual_tokens": options.tokens, "selection": "centroid"}
     alone = [
         str(recover(options.model, options.runs / kind, dataset=kind, **one, **settings)) for kind in options.kinds

@@ -15,8 +15,7 @@ from itertools import product
 from pathlib import Path
 
 from benchmarks.repair.contenders import LIKE, RATES, STUDIES
-
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.repair.tables import RESULTS
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

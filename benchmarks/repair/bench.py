@@ -98,7 +98,7 @@ class Bench:
             result["nats"][of] = _rounded(scores.nats / (LENGTH - CONTEXT))
             if scores.prompt_ids is not None and settings.num_prompts > 1:
                 result["choices"][of] = scores.prompt_ids.tolist()
-        if text == "kinds" and settings.num_prompts > 1:
+        if text == "kinds" and settings.method == "idp" and settings.num_prompts > 1:
             result["by_prompt"] = self._by_prompt(model, settings.num_prompts, cell["split"])
         self.model = self._without_adapter(model)
         result["unrepaired"] = self._of_base(text, cell["split"])

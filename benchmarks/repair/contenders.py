@@ -38,7 +38,14 @@ MIXTURE = {
 STUDIES = {"wiki": ONE_KIND, "kinds": MIXTURE}
 # Peak learning rates that are tried; of what has scales, pairs of the prompts' and the scales'.
 RATES = {
-    "key/value prompt of 32 + scales": [(1e-2, 3e-3), (1e-2, 1e-2), (1e-2, 3e-2), (3e-3, 3e-3), (3e-3, 1e-2), (3e-2, 1e-2)],
+    "key/value prompt of 32 + scales": [
+        (1e-2, 3e-3),
+        (1e-2, 1e-2),
+        (1e-2, 3e-2),
+        (3e-3, 3e-3),
+        (3e-3, 1e-2),
+        (3e-2, 1e-2),
+    ],
     "LoRA of rank 16": [3e-4, 1e-3, 2e-3, 4e-3],
     "key/value prompt of 32": [3e-3, 1e-2, 3e-2],
     "LoRA of the size": [1e-3, 2e-3, 4e-3, 8e-3],

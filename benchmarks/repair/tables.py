@@ -13,6 +13,8 @@ from benchmarks.common.markdown import head, row
 from benchmarks.repair.contenders import STUDIES
 from idp_peft.files.whole_file import write_whole
 
+RESULTS = Path(__file__).parent / "results"
+
 
 def repaired(cell: dict, text: str) -> float:
     """The share of the damage that is gone: (compressed - repaired) / (compressed - dense), of mean nats."""
@@ -26,7 +28,10 @@ def best_rates(results: Path) -> dict[str, list[float | None]]:
     tried = defaultdict(list)
     for contender, name, cell in all_cells(results, "tuning/*.jsonl"):
         tried[names[contender.name]].append((float(np.mean(cell["nats"]["wiki"])), name, cell))
-    lines = ["Damage repaired on validation text, by learning rate (of what has scales: the prompts', the scales'):", ""]
+    lines = [
+        "Damage repaired on validation text, by learning rate (of what has scales: the prompts', the scales'):",
+        "",
+    ]
     lines += head(["contender", "cell", "damage repaired"])
     best = {}
     for contender, cells in tried.items():
@@ -59,17 +64,43 @@ def write(results: Path) -> str:
         cells = gathered(results, study)
         if cells:
             parts += _tables(study, cells)
-            _figure(study, cells, results / f"{study}.png")
-    if "kinds" in STUDIES and (cells := gathered(results, "kinds")):
+            if len({steps for by_steps in cells.values() for steps in by_steps}) > 1:
+                _figure(study, cells, results / f"{study}.png")
+    if cells := gathered(results, "kinds"):
         parts += _choices(cells)
     text = "\n".join([*parts, ""])
     write_whole(results / "tables.md", text)
     return text
 
 
+# The rows of the README's table, in its order.
+SHORT = (
+    "scales alone (IA3)",
+    "token prompt of 32",
+    "token prompt of 32 + scales",
+    "key/value prompt of 32",
+    "key/value prompt of 32 + scales",
+    "LoRA of the size",
+    "LoRA of rank 16",
+)
+
+
+def short_table(results: Path, steps: int = 300) -> str:
+    """The README's table: damage repaired on two held-out texts after so many steps."""
+    cells = gathered(results, "wiki")
+    lines = head(["trained beside the frozen model", "parameters", "wiki", "c4"])
+    for name in SHORT:
+        found = cells[name][steps]
+        shares = [f"{100 * np.mean([repaired(cell, text) for cell in found]):.1f} %" for text in ("wiki", "c4")]
+        lines.append(row([name, f"{found[0]['parameters']:,}", *shares]))
+    return "\n".join(lines)
+
+
 def _tables(study: str, cells: dict) -> list[str]:
     every = sorted({steps for by_steps in cells.values() for steps in by_steps})
-    texts = ["all"] if study == "kinds" else sorted({text for cell in _flat(cells) for text in cell["nats"]}, reverse=True)
+    texts = (
+        ["all"] if study == "kinds" else sorted({text for cell in _flat(cells) for text in cell["nats"]}, reverse=True)
+    )
     lines = []
     for text in texts:
         on = "the held-out blocks of all six kinds" if text == "all" else f"held-out {text}"
@@ -85,11 +116,14 @@ def _tables(study: str, cells: dict) -> list[str]:
 
 def _choices(cells: dict) -> list[str]:
     """Of banks: what each use of their prompts repairs."""
-    lines = ["What the banks' own choice repairs, beside other uses of the same prompts (most steps, mean over seeds):", ""]
+    lines = [
+        "What the banks' own choice repairs, beside other uses of the same prompts (most steps, mean over seeds):",
+        "",
+    ]
     lines += head(["bank", "its choice", "best prompt of each block (oracle)", "best single prompt", "a random prompt"])
     for name, by_steps in cells.items():
         of_most = by_steps[max(by_steps)]
-        if all("by_prompt" in cell for cell in of_most):
+        if STUDIES["kinds"][name].get("num_prompts", 1) > 1 and "method" not in STUDIES["kinds"][name]:
             uses = np.array([_uses(cell) for cell in of_most]).mean(0)
             lines.append(row([name, *(f"{100 * share:.1f} %" for share in uses)]))
     return [*lines, ""]
@@ -97,7 +131,9 @@ def _choices(cells: dict) -> list[str]:
 
 def _uses(cell: dict) -> list[float]:
     dense, compressed = (np.concatenate(list(cell["unrepaired"][role].values())) for role in ("dense", "compressed"))
-    by_prompt = np.concatenate([np.array(of_text) for of_text in cell["by_prompt"].values()], axis=1)  # [prompts, blocks]
+    by_prompt = np.concatenate(
+        [np.array(of_text) for of_text in cell["by_prompt"].values()], axis=1
+    )  # [prompts, blocks]
     own = np.concatenate(list(cell["nats"].values()))
     uses = (own, by_prompt.min(0), by_prompt[by_prompt.mean(1).argmin()], by_prompt.mean(0))
     return [float((compressed - use).mean() / (compressed - dense).mean()) for use in uses]

@@ -13,16 +13,17 @@ from idp_peft.hosting.architectures import embedding_width
 from idp_peft.models.loading import place_of
 
 METHODS = ("idp", "prompt_tuning", "prefix_tuning", "lora", "ia3", "ln_tuning")
-# Peak learning rates, as tuned (benchmarks/LOG.md); prefix tuning's is for the start at a teacher's keys and values, untuned.
+# Peak learning rates, as tuned (benchmarks/LOG.md, benchmarks/repair); prefix tuning's is for the start at a teacher's keys and values, untuned.
 LEARNING_RATES = {
     "idp": 3e-2,
     "key_values": 1e-2,
-    "scales": 1e-2,
+    "key_values alone": 3e-2,  # without scales beside them
+    "scales": 3e-3,
     "prompt_tuning": 3e-2,
     "prefix_tuning": 1e-2,
     "lora": 1e-3,
-    "ia3": 1e-2,
-    "ln_tuning": 1e-2,
+    "ia3": 3e-3,
+    "ln_tuning": 3e-3,
 }
 
 
@@ -87,9 +88,9 @@ def method_config(
 
 def learning_rate(settings) -> float:
     """The peak learning rate of what is trained, where the user names none."""
-    return LEARNING_RATES[
-        settings.prompts if settings.prompts == "key_values" and settings.method == "idp" else settings.method
-    ]
+    if settings.method == "idp" and settings.prompts == "key_values":
+        return LEARNING_RATES["key_values" if settings.scales else "key_values alone"]
+    return LEARNING_RATES[settings.method]
 
 
 def norm_layers(model: nn.Module) -> list[str]:
