@@ -10,7 +10,8 @@ import torch
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from torch import nn
 
-from idp_peft.hosting.architectures import given_cache
+from idp_peft.hosting.architectures import find_decoder
+from idp_peft.key_values import key_value_layout, keys_and_values
 
 
 def intact_prefix(model: nn.Module, dense: nn.Module, token_ids: list[int]) -> PeftModel:
@@ -45,14 +46,12 @@ def start_prefix(model: PeftModel, dense: nn.Module, token_ids: list[int]) -> No
     Raises:
         `ValueError`: for a prefix of another shape.
     """
-    cache = given_cache(dense(torch.tensor([token_ids], device=dense.device), use_cache=True))
-    parts = [part[0] for layer in cache.layers for part in (layer.keys, layer.values)]  # 2L of [kv_heads, k, head_dim]
-    shapes = {tuple(part.shape) for part in parts}
-    weight = model.prompt_encoder[model.active_adapter].embedding.weight  # [k, 2L * kv_heads * head_dim]
-    if len(shapes) > 1 or weight.numel() != sum(part.numel() for part in parts):
+    start = keys_and_values(dense, torch.tensor([token_ids]))  # [k, P], laid out as PEFT's prefixes are
+    weight = model.prompt_encoder[model.active_adapter].embedding.weight
+    layout = set(key_value_layout(find_decoder(dense)))
+    if weight.shape != start.shape or len(layout) > 1 or any(key != value for _, key, value in layout):
         raise ValueError(
-            f"a prefix of shape {list(weight.shape)} cannot hold keys and values of the shapes {sorted(shapes)} in "
-            f"{len(cache.layers)} layers: `dense` must be the model that was compressed, with layers that are all alike"
+            f"a prefix of shape {list(weight.shape)} cannot hold keys and values of shape {list(start.shape)}, per layer "
+            f"{sorted(layout)}: `dense` must be the model that was compressed, with layers that are all alike"
         )
-    flat = torch.stack(parts).permute(2, 0, 1, 3).reshape(len(token_ids), -1)  # [k, 2L * kv_heads * head_dim]
-    weight.copy_(flat.to(weight))
+    weight.copy_(start.to(weight))
