@@ -299,9 +299,14 @@ def alone(name: str, ids: torch.Tensor, mask: torch.Tensor, row: int) -> dict:
     return {"input_ids": own, **call_for(name, own, torch.ones_like(own), [row])}
 
 
-def concatenated(name: str, model, base, call: dict, row: int, prompt: int) -> torch.Tensor:
-    """The base on `[P_i ; E(x)]`, whose picture tokens it fills in itself: `[1, n, vocab]`."""
-    chosen, ids = prompts_of(model)[prompt], call["input_ids"]
+def concatenated(name: str, chosen: torch.Tensor, base, call: dict, row: int, said: list[int] = ()) -> torch.Tensor:
+    """The base on `[P_i ; E(x)]`, whose picture tokens it fills in itself: `[1, n, vocab]`.
+
+    Args:
+        chosen (`torch.Tensor`): P_i, `[k, d]`.
+        said (`list[int]`, *optional*): its token ids, where it is a text.
+    """
+    ids = call["input_ids"]
     front = len(chosen)
     read = torch.where(ids == IMAGE, PICTURES[name].read_as, ids)
     whole = torch.cat([chosen[None], base.get_input_embeddings()(read)], dim=1)
@@ -309,7 +314,8 @@ def concatenated(name: str, model, base, call: dict, row: int, prompt: int) -> t
     decoder = find_decoder(base)
     if looks_up_in_layers(decoder):  # of its padding token, for prompts and pictures
         text = torch.where(ids == IMAGE, 0, ids)
-        given["per_layer_inputs"] = decoder.get_per_layer_inputs(torch.nn.functional.pad(text, (front, 0)))
+        before = torch.tensor([said or [0] * front])
+        given["per_layer_inputs"] = decoder.get_per_layer_inputs(torch.cat([before, text], dim=1))
     if hasattr(base.model, "get_rope_index"):
         types = {key: call[key] for key in ("mm_token_type_ids",) if key in call}
         positions, _ = base.model.get_rope_index(ids, image_grid_thw=call["image_grid_thw"], **types)
@@ -328,7 +334,7 @@ def test_a_picture_behind_a_forced_prompt_equals_concatenation(made, name, atten
         call = alone(name, ids, mask, row)
         for prompt in range(4):
             forced = {**call, "prompt_ids": torch.tensor([prompt])}
-            expected = concatenated(name, model, base, call, row, prompt)
+            expected = concatenated(name, prompts_of(model)[prompt], base, call, row)
             with torch.no_grad():
                 assert difference(model(**forced).logits, expected) <= TOLERANCE
             model.train()
@@ -358,6 +364,45 @@ def test_padded_rows_with_pictures_equal_each_row_alone(made, name, side, length
 
 
 @pictures
+def test_a_picture_behind_keys_and_values_of_a_text_is_as_behind_the_text(name):
+    base, texts = tiny(name), [[5, 9, 6, 8], [7, 11, 4, 10]]
+    config = {"prompts": "key_values", "num_prompts": 2, "num_virtual_tokens": 4, "init_weights": False}
+    model = get_peft_model(tiny(name), IDPConfig(task_type="CAUSAL_LM", selection="fixed", **config)).eval()
+    idp_peft.start_at(model, base, texts)
+    ids, mask = pictured(name, [9, 12])
+    for row in range(2):
+        call = alone(name, ids, mask, row)
+        for prompt, text in enumerate(texts):
+            chosen = base.get_input_embeddings()(torch.tensor(text)).detach()
+            expected = concatenated(name, chosen, base, call, row, text)
+            with torch.no_grad():
+                assert difference(model(**call, prompt_ids=torch.tensor([prompt])).logits, expected) <= TOLERANCE
+
+
+@pictures
+@sides
+@pytest.mark.parametrize("beyond", [{"selection": "centroid"}, {"scales": True}], ids=str)
+def test_padded_rows_with_pictures_equal_each_row_alone_by_centroid_and_with_scales(made, name, side, beyond):
+    model, base = made(name, **beyond), tiny(name)
+    bank = bank_of(model)
+    with torch.no_grad():
+        if bank.clusters is not None:
+            bank.clusters.set(torch.arange(4), torch.randn(4, bank.centroids.shape[1]))
+        else:
+            bank.scales.normal_(std=0.1)
+    ids, mask = pictured(name, [9, 12], side)
+    with torch.no_grad():
+        logits = model(input_ids=ids, **call_for(name, ids, mask, [0, 1])).logits
+        chosen = model.last_selection.prompt_ids
+        for row in range(2):
+            call = alone(name, ids, mask, row)
+            assert difference(logits[row][mask[row].bool()], model(**call).logits[0]) <= TOLERANCE
+            assert torch.equal(model.last_selection.prompt_ids, chosen[row : row + 1])
+            nobody = model(**call, prompt_ids=torch.tensor([-1])).logits
+            assert torch.equal(nobody, base(**call).logits), "a row without a prompt is the base's"
+
+
+@pictures
 def test_generation_from_padded_rows_with_pictures_equals_each_row_alone(made, name):
     model, base = made(name), tiny(name)
     ids, mask = pictured(name, [9, 12])
@@ -368,7 +413,7 @@ def test_generation_from_padded_rows_with_pictures_equals_each_row_alone(made, n
         call = alone(name, ids, mask, row)
         own = torch.stack(model.generate(**call, **settings).logits, dim=1)
         assert difference(together[row], own[0]) <= TOLERANCE
-        first = concatenated(name, model, base, call, row, chosen[row])[0, -1]
+        first = concatenated(name, prompts_of(model)[chosen[row]], base, call, row)[0, -1]
         assert difference(own[0, 0], first) <= TOLERANCE
 
 
@@ -415,7 +460,9 @@ def test_a_prompt_longer_than_the_window_leaves_a_picture_right(made, name):
     for row in range(2):
         call = alone(name, ids, mask, row)
         with torch.no_grad():
-            assert difference(model(**call).logits, concatenated(name, model, base, call, row, 0)) <= TOLERANCE
+            assert (
+                difference(model(**call).logits, concatenated(name, prompts_of(model)[0], base, call, row)) <= TOLERANCE
+            )
 
 
 # ---------------------------------------------------------------------- one clear error

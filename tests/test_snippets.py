@@ -28,6 +28,7 @@ from idp_peft.models.loading import load_model
 from idp_peft.serving import Router, export_to_vocab
 from tests.test_docs import check, letters
 from tests.tiny import tiny
+from tests.tiny_chats import chat_tokenizer
 from tests.tiny_gguf import tiny_gguf
 
 for library in ("matplotlib", "pandas"):
@@ -157,6 +158,23 @@ def distributed():
     assert names["model"].active_peft_config.num_prompts == 8
 
 
+def system_prompt():
+    """The compressed model behind its own keys and values gives what it gives when it reads the text."""
+    compressed, dense = tiny("llama"), tiny("llama", seed=1)
+    yield {"tokenizer": chat_tokenizer(), "compressed": compressed, "dense": dense}
+    names = yield
+    saved = PeftModel.from_pretrained(tiny("llama"), "adapter").eval()
+    own = PeftModel.from_pretrained(tiny("llama"), "adapter").eval()
+    idp_peft.start_at(own, tiny("llama"), [names["prefix"]])
+    ids = names["ids"]
+    whole = torch.tensor([[*names["prefix"], *ids[0].tolist()]])
+    with torch.no_grad():
+        reads = tiny("llama")(input_ids=whole).logits[:, len(names["prefix"]) :]
+        assert torch.allclose(own(input_ids=ids).logits, reads, atol=1e-4)
+        assert torch.equal(saved(input_ids=ids).logits, names["model"](input_ids=ids).logits)
+        assert not torch.allclose(saved(input_ids=ids).logits, reads, atol=1e-3)
+
+
 def patterns_notebook():
     adapter(Path("you/your-adapter"))
     dense = tiny("llama", seed=1)
@@ -185,6 +203,7 @@ READERS = {
     "loading.md": loading,
     "serving.md": serving,
     "distributed.md": distributed,
+    "system_prompt.md": system_prompt,
     "patterns.ipynb": patterns_notebook,
     "what_was_selected.ipynb": selection_notebook,
 }

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 
+import idp_peft
 from idp_peft import IDPConfig
 from tests.reference import bank_of, brute_force_scores, concatenated_logits
 from tests.tiny import tiny, token_batch
@@ -405,3 +406,40 @@ def test_grpo_trains_the_prompt_that_sampled(make, tmp_path):
     for calls in rounds:
         assert len(calls) >= 2
         assert all(each == calls[0] for each in calls), "sampling and training must use the same prompt"
+
+
+@pytest.mark.parametrize("form", [chats, pairs])
+@pytest.mark.parametrize(
+    "beyond",
+    [
+        {"selection": "centroid"},
+        {"scales": True},
+        {"prompts": "key_values", "init_weights": False},
+        {"prompts": "key_values", "init_weights": False, "scales": True, "selection": "centroid"},
+    ],
+    ids=lambda beyond: ", ".join(f"{name}={value}" for name, value in beyond.items() if name != "init_weights"),
+)
+def test_sft_trains_what_goes_beyond_the_paper_and_loads_it(tmp_path, beyond, form):
+    base, questions = tiny("llama"), tiny_questions(4)
+    data = form(questions * 4, tiny_answers(base, questions) * 4)
+    model = get_peft_model(tiny("llama"), idp(**beyond))
+    if "prompts" in beyond:
+        idp_peft.start_at(model, base, [[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16], [17, 18, 19, 20]])
+    bank = bank_of(model)
+    before = {name: tensor.clone() for name, tensor in bank.state_dict().items()}
+    settings = {"max_steps": 12, "learning_rate": 0.03, "seed": 3, "lr_scheduler_type": "constant"}
+    settings |= {"per_device_train_batch_size": 16, "gradient_checkpointing": "prompts" not in beyond}
+    trainer = sft(model, tmp_path / "run", data, **settings)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sum(losses[-4:]) < sum(losses[:4]) - 0.5
+    moved = {name for name, tensor in bank.state_dict().items() if not torch.equal(tensor, before[name])}
+    expected = {"weight"} | {"scales" for _ in [0] if bank.scales is not None}
+    assert moved == expected | {name for name in ("centroids", "contexts") if bank.clusters is not None}
+    trainer.save_model(str(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path / "adapter").eval()
+    ids, mask = token_batch([5, 9])
+    trainer.model.eval()
+    with torch.no_grad():
+        logits = loaded(input_ids=ids, attention_mask=mask).logits
+        assert torch.equal(logits, trainer.model(input_ids=ids, attention_mask=mask).logits)
