@@ -9,11 +9,13 @@ from __future__ import annotations
 from weakref import WeakKeyDictionary
 
 import torch
+from peft.utils.integrations import gather_params_ctx
 from torch import nn
 
 from idp_peft.hosting.architectures import find_decoder, key_value_layout_of
 from idp_peft.hosting.call import internal_run
 from idp_peft.hosting.decoder_copy import evaluating, run_unmasked
+from idp_peft.hosting.sharding import is_spread
 
 _layouts: WeakKeyDictionary = WeakKeyDictionary()  # decoder -> [`key_value_layout`]
 
@@ -29,7 +31,7 @@ def keys_and_values(model: nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
     decoder = find_decoder(model)
     token_ids = token_ids.to(model.get_input_embeddings().weight.device)
     positions = torch.arange(token_ids.shape[1], device=token_ids.device).expand_as(token_ids)
-    with internal_run(), evaluating(decoder):
+    with internal_run(), evaluating(decoder), gather_params_ctx(list(decoder.parameters()), modifier_rank=None):
         layers = run_unmasked(decoder, positions, input_ids=token_ids)
     parts = [part for layer in layers for part in (layer.keys, layer.values)]  # [texts, kv_heads, k, head_dim] each
     return torch.cat([part.transpose(1, 2).flatten(2).float().to(token_ids.device) for part in parts], -1).flatten(0, 1)
@@ -38,6 +40,8 @@ def keys_and_values(model: nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
 def key_value_layout(decoder: nn.Module) -> list[tuple[int, int, int]]:
     """`(kv_heads, key_dim, value_dim)` of each layer that keeps any: what the decoder itself puts into a cache."""
     known = _layouts.get(decoder)
+    if known is None and is_spread(decoder):  # ZeRO-3 parts weights before anything gathers them
+        known = _layouts[decoder] = key_value_layout_of(decoder.config)
     if known is None:
         table = next(module for module in decoder.modules() if isinstance(module, nn.Embedding))
         ids = torch.zeros(1, 1, dtype=torch.long, device=table.weight.device)

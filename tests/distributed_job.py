@@ -73,7 +73,7 @@ def build(assignment: str, base: str | None = None, architecture: str = "llama",
     config = {"num_prompts": 4, "num_virtual_tokens": LENGTHS, **config}
     adapted = get_peft_model(model, IDPConfig(task_type="CAUSAL_LM", assignment=assignment, **config))
     if config.get("prompts") == "key_values":
-        start_at(adapted, tiny("llama", seed=1), [row["input_ids"].tolist() for row in examples(4)])
+        start_at(adapted, adapted.get_base_model(), [row["input_ids"].tolist() for row in examples(4)])
     return adapted
 
 
@@ -119,7 +119,8 @@ def loop(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if by_hand and accelerator.distributed_type == DistributedType.FSDP:
         shard_parts_of_layers(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    # `eps`: where a gradient is next to nothing, rounding must not decide the direction of a step.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, eps=1e-4)
     batches = DataLoader(examples(), batch_size=BATCH // accelerator.num_processes)
     if by_hand:
         batches = accelerator.prepare(batches)
@@ -251,6 +252,7 @@ JOBS = {
     "key_values": lambda folder, base: loop(folder, "selected", base=base, **KEY_VALUES),
     "trainer_key_values": lambda folder, base: trainer(folder, "selected", base=base, **KEY_VALUES),
     "centroid": lambda folder, base: loop(folder, "selected", base=base, selection="centroid"),
+    "scales": lambda folder, base: loop(folder, "selected", base=base, scales=True),
     "all": lambda folder, base: loop(folder, "all", base=base),
     "checkpointing": lambda folder, base: loop(folder, "selected", base=base, checkpointing=True),
     "deeper": lambda folder, base: loop(folder, "selected", base=base, selection_layer=-1),

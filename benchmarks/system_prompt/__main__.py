@@ -42,7 +42,9 @@ def main(arguments: list[str] | None = None) -> None:
     dense, compressed = load_model(options.teacher), load_model(options.model)
     result = {"system_tokens": len(prefix), "chats": len(chats), "nats": {}, "seconds": {}}
     result["nats"]["dense model, reads it"] = [nats(dense, [*prefix, *chat], answer) for chat, answer in chats]
-    result["nats"]["compressed model, reads it"] = [nats(compressed, [*prefix, *chat], answer) for chat, answer in chats]
+    result["nats"]["compressed model, reads it"] = [
+        nats(compressed, [*prefix, *chat], answer) for chat, answer in chats
+    ]
     ids = [*prefix, *chats[0][0]]
     for name, teacher in (("its own keys and values", compressed), ("the dense model's keys and values", dense)):
         model = behind(compressed, teacher, prefix)
@@ -126,7 +128,11 @@ def table(result: dict) -> str:
         lines.append(row([name, f"{value:.4f}", f"{100 * (compressed - value) / (compressed - dense):.1f} %"]))
     ratio = statistics.median(a / b for a, b in zip(*result["seconds"].values(), strict=True))
     prompt, reads = (1000 * statistics.median(result["seconds"][name]) for name in ("prompt", "reads it"))
-    lines += ["", f"First token: {prompt:.0f} ms behind the prompt, {reads:.0f} ms with the text read (ratio {ratio:.2f}).", ""]
+    lines += [
+        "",
+        f"First token: {prompt:.0f} ms behind the prompt, {reads:.0f} ms with the text read (ratio {ratio:.2f}).",
+        "",
+    ]
     return "\n".join(lines)
 
 
