@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 # What is done with an adapter, name -> the module that holds it: imported when first used.
 _ON_USE = {
     "load": "models.loading",
+    "fold_scales": "models.folding",
     "compose": "composition",
     "split": "composition",
     "fit_centroids": "recover.centroids",

@@ -75,15 +75,13 @@ class IDPLayer(nn.Module, BaseTunerLayer):
             )
         embeddings = self.get_base_layer()
         holds_keys, sizes = config.prompts == "key_values", bank_sizes(config, self.decoder, embeddings)
-        channels, handles = self.scaling.hook() if config.scales else (None, [])
-        self._handles += handles
         bank = PromptBank(
             config.prompt_lengths,
             sizes.prompt_width,
             context_width=sizes.width if config.selection == "centroid" else None,
             frozen_tokens=config.frozen_tokens,
             holds_keys=holds_keys,
-            channels=channels,
+            channels=self.scaling.hook() if config.scales else None,
         )
         if not bank.weight.is_meta:
             if config.init_weights and not embeddings.weight.is_meta and (texts is not None or not holds_keys):
@@ -103,6 +101,15 @@ class IDPLayer(nn.Module, BaseTunerLayer):
     def cast_bank(self, name: str) -> None:
         """Give a bank the base's dtype: that of its input embeddings. Prompts are float32 otherwise."""
         self.idp_prompts[name].to(self.dtype)
+
+    def drop_scales(self, name: str) -> None:
+        """Take the scales off a bank, once they are in the weights (`models/folding.py`)."""
+        bank = self.idp_prompts[name]
+        bank.scales = bank.channels = None
+        self.idp_config[name].scales = False
+        self.idp_remembered[name].forget()
+        if not any(config.scales for config in self.idp_config.values()):
+            self.scaling.unhook()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -139,6 +146,7 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         """Take the hooks and this module off the model, and give parameters back the `requires_grad` they came with."""
         for handle in self._handles:
             handle.remove()
+        self.scaling.unhook()
         del self.decoder._modules["idp"]
         parameters = dict(self.model.named_parameters())
         for name in self._trainable_before:

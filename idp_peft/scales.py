@@ -28,16 +28,21 @@ class LinearScaling:
 
     def __init__(self, layer) -> None:
         self.layer = layer
-        self._is_hooked = False
+        self._handles: list = []
         self._of_graph: Scaling | None = None
 
-    def hook(self) -> tuple[list[int], list]:
-        """Make the linear layers ask for their factors. Returns the output channels of each, and handles of new hooks."""
-        layers, handles = list(linear_layers(self.layer.decoder).values()), []
-        if not self._is_hooked:
-            handles = [one.register_forward_hook(_ScaleOutput(self, number)) for number, one in enumerate(layers)]
-            self._is_hooked = True
-        return [output_channels(one) for one in layers], handles
+    def hook(self) -> list[int]:
+        """Make the linear layers ask for their factors; returns their output channels."""
+        layers = list(linear_layers(self.layer.decoder).values())
+        if not self._handles:
+            self._handles = [one.register_forward_hook(_ScaleOutput(self, number)) for number, one in enumerate(layers)]
+        return [output_channels(one) for one in layers]
+
+    def unhook(self) -> None:
+        """Take the hooks off the linear layers."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._of_graph = [], None
 
     def of_rows(self, prompt_ids: torch.Tensor, tokens: int) -> Scaling | None:
         """What scales the running forward: the rows with a prompt. Every process must ask, also one whose rows have none:

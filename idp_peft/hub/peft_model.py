@@ -39,6 +39,16 @@ class KnowsItsCard:
             )
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    def fold_scales(self) -> None:
+        """Write the active adapter's scales into the base's weights; see [`idp_peft.fold_scales`].
+
+        Raises:
+            `ValueError`: as there.
+        """
+        from idp_peft.models.folding import fold_scales
+
+        fold_scales(self)
+
     def create_or_update_model_card(self, output_dir: str, results=None) -> None:
         """Write README.md into a folder, or renew our part of the one that is there.
 
