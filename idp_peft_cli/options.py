@@ -133,11 +133,12 @@ class PushOptions:
 
 @dataclass
 class ExportOptions:
-    """Write a complete model in which every soft prompt token is a token of the vocabulary, for any engine."""
+    """Write a complete model that carries an adapter: its prompts as tokens of the vocabulary, its scales in the weights."""
 
     adapter: str = _required("Adapter: a folder or a Hub id.")
     output_dir: str = _required("Folder of the exported model; must not exist or be empty.")
-    to_vocab: bool = _option(False, "Export to the vocabulary, the only kind of export there is; must be given.")
+    to_vocab: bool = _option(False, "Every soft prompt token becomes a token of the vocabulary, for any engine.")
+    fold_scales: bool = _option(False, "Write the adapter's scales into the weights; with --to_vocab, or alone.")
     model: str | None = _option(None, "The adapter's base (default: the one that the adapter names).")
     keep_tied: bool = _option(
         False,

@@ -74,11 +74,17 @@ def _push(options) -> None:
 
 
 def _export(options) -> None:
-    from idp_peft.serving import export_to_vocab
+    from idp_peft.serving import export_folded, export_to_vocab
 
-    if not options.to_vocab:
-        raise ValueError("say what to export to: `--to-vocab`")
-    folder = export_to_vocab(options.adapter, options.output_dir, options.model, keep_tied=options.keep_tied)
+    if not (options.to_vocab or options.fold_scales):
+        raise ValueError("say what to export: `--to-vocab`, `--fold_scales`, or both")
+    where = options.adapter, options.output_dir, options.model
+    if options.to_vocab:
+        folder = export_to_vocab(*where, keep_tied=options.keep_tied, fold_scales=options.fold_scales)
+    elif options.keep_tied:
+        raise ValueError("`--keep_tied` belongs to `--to-vocab`: leave it out")
+    else:
+        folder = export_folded(*where)
     print(f"model in {folder}")
 
 

@@ -17,6 +17,7 @@ from idp_peft.hosting.introspection import adapter_of_auto_class
 
 _KEY_END = "idp.idp_prompts.weight"
 _BANK = "idp.idp_prompts."
+SCALES_END = f"{_BANK}scales"
 
 
 class BankSizes(NamedTuple):

@@ -61,9 +61,13 @@ def fold_scales(model) -> None:
     layer = active_layer(model)
     bank, name = layer.active_bank, layer.active_name
     if bank.scales is None:
-        raise ValueError(f"adapter {name!r} has no scales to fold: it was made with scales=False, or they are folded already")
+        raise ValueError(
+            f"adapter {name!r} has no scales to fold: it was made with scales=False, or they are folded already"
+        )
     if others := [other for other in layer.idp_prompts if other != name]:
-        raise ValueError(f"folding the scales of {name!r} would change the base of the adapters {others}: delete these first")
+        raise ValueError(
+            f"folding the scales of {name!r} would change the base of the adapters {others}: delete these first"
+        )
     layers = linear_layers(layer.decoder)
     _refuse_shared(layer.model, layers)
     todo = [rows_of(module, f"layer {place!r}") for place, module in layers.items()]
@@ -77,7 +81,9 @@ def _refuse_shared(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     uses = Counter(id(tensor) for _, tensor in model.named_parameters(remove_duplicate=False))
     for place, module in layers.items():
         if any(uses[id(tensor)] > 1 for tensor in module.parameters(recurse=False)):
-            raise ValueError(f"layer {place!r} shares its weight with another module, which scaling its rows would change")
+            raise ValueError(
+                f"layer {place!r} shares its weight with another module, which scaling its rows would change"
+            )
 
 
 def rows_of(module: nn.Module, place: str) -> list[Rows]:
@@ -95,7 +101,9 @@ def rows_of(module: nn.Module, place: str) -> list[Rows]:
         return [*_hqq(module, channels, place), *bias]
     if hasattr(weight, "__tensor_flatten__"):
         return [*_subclass(weight, channels, place), *bias]
-    names = row_dimensions({name: (t.dtype, tuple(t.shape)) for name, t in own.items()}, channels, place, is_conv(module))
+    names = row_dimensions(
+        {name: (t.dtype, tuple(t.shape)) for name, t in own.items()}, channels, place, is_conv(module)
+    )
     return [Rows(own[name].data, _along(dim, own[name].ndim)) for name, dim in names.items()]
 
 
@@ -123,7 +131,9 @@ def row_dimensions(
         found["scales"] = -1
     elif "weight_scale" in tensors:  # compressed-tensors, fp8: [out, groups]
         found["weight_scale"] = 0
-        if tensors.get("weight", (None,))[0] in _FLOATS:  # not packed (yet): the integers are what both make of each other
+        if (
+            tensors.get("weight", (None,))[0] in _FLOATS
+        ):  # not packed (yet): the integers are what both make of each other
             found["weight"] = 0
     elif "weight_scale_inv" in tensors:
         raise ValueError(f"{place} has scales of blocks that cross rows: a factor per row cannot be written into them")
@@ -158,7 +168,10 @@ def _bitsandbytes(module: nn.Module, channels: int, place: str) -> list[Rows]:
     weight = module.weight
     state = getattr(weight, "quant_state", None)
     if state is None:
-        held = [getattr(weight, "SCB", None), getattr(getattr(module, "state", None), "SCB", None)]  # moves at the first call
+        held = [
+            getattr(weight, "SCB", None),
+            getattr(getattr(module, "state", None), "SCB", None),
+        ]  # moves at the first call
         rows = {id(one): Rows(one, lambda factors: factors) for one in held if one is not None}
         if not rows:
             raise ValueError(f"{place} is not quantised yet: move the model to its device first")
@@ -182,7 +195,9 @@ def _hqq(module: nn.Module, channels: int, place: str) -> list[Rows]:
         raise ValueError(f"{place} has groups that cross rows (axis {meta.get('axis')}, {size} of {columns} columns)")
     scale = meta["scale"]
     if not torch.is_tensor(scale) or scale.dtype not in _FLOATS or scale.numel() != channels * (columns // size):
-        raise ValueError(f"{place} has scales that are quantised themselves: a factor per row cannot be written into them")
+        raise ValueError(
+            f"{place} has scales that are quantised themselves: a factor per row cannot be written into them"
+        )
     return [Rows(scale, lambda factors: factors.repeat_interleave(columns // size).view(scale.shape))]
 
 
@@ -195,5 +210,7 @@ def _subclass(weight: torch.Tensor, channels: int, place: str) -> list[Rows]:
     if torch.is_tensor(zero) and zero.is_floating_point():
         raise ValueError(f"{place} is a {kind} with zero points that are no integers: keep the scales unfolded")
     if size[0] != 1 or scale.ndim != 2 or scale.shape[0] != channels or scale.dtype not in _FLOATS:
-        raise ValueError(f"{place} is a {kind} with blocks of {list(size)}, which cross rows, or scales of type {scale.dtype}")
+        raise ValueError(
+            f"{place} is a {kind} with blocks of {list(size)}, which cross rows, or scales of type {scale.dtype}"
+        )
     return [Rows(scale, lambda factors: factors[:, None])]

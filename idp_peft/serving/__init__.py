@@ -5,6 +5,7 @@ import importlib
 # name -> the module that holds it: imported when first used, so that a router needs no web framework.
 _ON_USE = {
     "export_to_vocab": "export",
+    "export_folded": "export",
     "ExportedModel": "exported",
     "Router": "router",
     "VllmPrompts": "vllm_prompts",

@@ -1,5 +1,5 @@
-"""A complete model folder in which every soft prompt token is a row of the vocabulary: any engine that takes token ids
-serves it.
+"""A complete model folder that carries an adapter: its prompts as rows of the vocabulary, its scales in the weights' rows. Any
+engine that takes token ids serves it.
 
 The weights are copied byte for byte; the embedding table and the output head get rows. New output rows are the mean of all
 old ones. That makes a new token's logit the mean of all old logits, which the greatest old one always beats: greedy
@@ -23,10 +23,17 @@ from idp_peft.composition.prompt_sources import PromptSource, read_prompts
 from idp_peft.files.inside_folder import files_inside
 from idp_peft.files.whole_folder import check_free, whole_folder
 from idp_peft.hosting.architectures import find_decoder
-from idp_peft.hosting.checkpoint import find_file
 from idp_peft.serving.chat_template import with_prompts_in_all
 from idp_peft.serving.exported import ADAPTER, FILE, describe
-from idp_peft.serving.tensor_files import DTYPES, StoredTensor, WeightFiles, copy_model, weight_files
+from idp_peft.serving.folded_weights import check_scales, folded, write_adapter
+from idp_peft.serving.tensor_files import (
+    DTYPES,
+    INDEX,
+    StoredTensor,
+    WeightFiles,
+    copy_model,
+    weight_files,
+)
 from idp_peft.serving.vocabulary import PromptVocabulary, next_token_id
 
 logger = logging.getLogger(__name__)
@@ -34,7 +41,6 @@ logger = logging.getLogger(__name__)
 # What lies beside the weights and belongs to the model: its code and licence, and how it was compressed.
 _BESIDE = ("*.py", "LICENSE*", "NOTICE*", "USE_POLICY*", "compression.json", "recipe.yaml", "quantize_config.json")
 _MODEL = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", *_BESIDE)
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Of these, vLLM reads the output head from the embedding table whatever the config says.
 _ALWAYS_TIED = ("gemma2", "cohere", "cohere2")
 _NEVER = -1e4  # bias of a token that must not come out; float16 holds it
@@ -51,7 +57,12 @@ class _Tables:
 
 
 def export_to_vocab(
-    adapter: str | Path, output_dir: str | Path, base: str | Path | None = None, *, keep_tied: bool = False
+    adapter: str | Path,
+    output_dir: str | Path,
+    base: str | Path | None = None,
+    *,
+    keep_tied: bool = False,
+    fold_scales: bool = False,
 ) -> Path:
     """Write a model folder whose vocabulary holds an adapter's prompts.
 
@@ -68,6 +79,8 @@ def export_to_vocab(
             more table: the output row of a prompt token would be the prompt's own vector, and the token could be
             generated. With `True`, and for models that engines always tie (Gemma 2, Cohere), requests to engines that do not
             obey `suppress_tokens` must carry [`ExportedModel.logit_bias`], which the proxy adds.
+        fold_scales (`bool`, defaults to `False`): write the adapter's scales into the weights, which then are not those of the
+            base any more. Required where the adapter has scales: no engine applies them.
 
     Returns:
         `Path`: the folder.
@@ -85,13 +98,14 @@ def export_to_vocab(
         raise ValueError(f"`adapter` {str(adapter)!r} does not say what its base is: pass `base`")
     if find_model(name)[1] is not None:
         with unpacked(name, Path(output_dir).expanduser().absolute().parent) as dense:
-            return export_to_vocab(adapter, output_dir, dense, keep_tied=keep_tied)
+            return export_to_vocab(adapter, output_dir, dense, keep_tied=keep_tied, fold_scales=fold_scales)
     folder = _folder_of(str(name), source.config.revision if base is None else None)
     for place in (place for place in (folder, Path(adapter)) if place.is_dir()):
         files_inside(place, _MODEL)  # refuses links that lead out of it
     model = skeleton(str(folder))
     files = weight_files(folder)
     _check(model, source, folder)
+    check_scales(source, fold_scales)
     tables = _find_tables(model, files, keep_tied or model.config.model_type in _ALWAYS_TIED)
     tokenizer = _tokenizer(str(adapter), folder)
     vocabulary = _vocabulary(source, files.tensor(tables.embeddings).shape[0], tokenizer)
@@ -100,6 +114,8 @@ def export_to_vocab(
     tokenizer.chat_template = with_prompts_in_all(tokenizer.chat_template, prompts)
     with whole_folder(output_dir) as target:
         tensors = _changed(files, tables, source, vocabulary, _embedding_scale(model.get_input_embeddings()))
+        if fold_scales:
+            tensors |= folded(model, files, source)
         copy_model(files, target, tensors, tables.embeddings)
         for path in files_inside(folder, _BESIDE):
             shutil.copyfile(path, target / path.name)
@@ -107,9 +123,48 @@ def export_to_vocab(
         _write_generation_config(model, folder, target, vocabulary)
         tokenizer.save_pretrained(target)
         (target / FILE).write_text(describe(vocabulary, tables.head is None), encoding="utf-8")
-        (target / ADAPTER).mkdir()
-        for file in _ADAPTER_FILES:
-            shutil.copyfile(find_file(str(adapter), None, {}, file), target / ADAPTER / file)
+        write_adapter(str(adapter), target / ADAPTER, folded=fold_scales)
+    return Path(output_dir)
+
+
+def export_folded(adapter: str | Path, output_dir: str | Path, base: str | Path | None = None) -> Path:
+    """Write a model folder whose weights hold an adapter's scales, and beside them the adapter without scales.
+
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("folded"), "folded/idp_adapter")
+
+    Also for prompts of keys and values, which no vocabulary can hold.
+
+    Args:
+        adapter (`str`), output_dir (`str`), base (`str`, *optional*): as in [`export_to_vocab`].
+
+    Returns:
+        `Path`: the folder.
+
+    Raises:
+        `ValueError`: where the adapter has no scales, or the base's format cannot take them: the text says why.
+        `FileNotFoundError`: where the base is not there.
+    """
+    from idp_peft.models.loading import find_model, unpacked
+
+    check_free(Path(output_dir).expanduser().absolute())
+    source = read_prompts(str(adapter))
+    name = base if base is not None else source.base_name
+    if not name:
+        raise ValueError(f"`adapter` {str(adapter)!r} does not say what its base is: pass `base`")
+    if find_model(name)[1] is not None:
+        with unpacked(name, Path(output_dir).expanduser().absolute().parent) as dense:
+            return export_folded(adapter, output_dir, dense)
+    folder = _folder_of(str(name), source.config.revision if base is None else None)
+    beside = [path for path in files_inside(folder, _MODEL) if path.suffix != ".safetensors"]
+    model, files = skeleton(str(folder)), weight_files(folder)
+    check_scales(source, fold_scales=True)
+    tensors = folded(model, files, source)
+    with whole_folder(output_dir) as target:
+        copy_model(files, target, tensors, next(iter(files.places)))
+        for path in beside:
+            if path.name != INDEX:
+                shutil.copyfile(path, target / path.name)
+        write_adapter(str(adapter), target / ADAPTER, folded=True, base=str(Path(output_dir).expanduser().absolute()))
     return Path(output_dir)
 
 

@@ -43,10 +43,11 @@ class Router:
         layer (`IDPLayer`): the prompts, on a decoder that reaches to the selection layer.
         tokenizer (`PreTrainedTokenizerBase`): the base's.
         holds_keys (`bool`, defaults to `False`): whether the adapter's prompts are keys and values.
+        has_scales (`bool`, defaults to `False`): whether the adapter scales the base's linear layers.
     """
 
-    def __init__(self, layer: IDPLayer, tokenizer, holds_keys: bool = False) -> None:
-        self.layer, self.tokenizer, self.holds_keys = layer, tokenizer, holds_keys
+    def __init__(self, layer: IDPLayer, tokenizer, holds_keys: bool = False, has_scales: bool = False) -> None:
+        self.layer, self.tokenizer, self.holds_keys, self.has_scales = layer, tokenizer, holds_keys, has_scales
 
     @classmethod
     def from_pretrained(cls, adapter: str | Path, base: str | Path | None = None, **load_model_kwargs) -> Router:
@@ -76,7 +77,8 @@ class Router:
             raise ValueError(f"`adapter` {str(adapter)!r} does not say what its base is: pass `base`")
         layer = _layer(source, name, {"device_map": "cpu", **load_model_kwargs})
         tokenizer = tokenizer_beside(str(adapter), {}, None)
-        return cls(layer, load_tokenizer(name) if tokenizer is None else tokenizer, source.holds_keys)
+        tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
+        return cls(layer, tokenizer, source.holds_keys, source.scales is not None)
 
     @property
     def config(self) -> IDPConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,21 +31,33 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Made:
+    """Bytes that are made when they are written: a changed tensor is never held beside the others."""
+
+    length: int
+    make: Callable[[], bytes]
+
+
+@dataclass(frozen=True)
 class StoredTensor:
     """A tensor as a safetensors file has it, or will: its bytes are those of its pieces, one after the other."""
 
     dtype: str
     shape: tuple[int, ...]
-    pieces: tuple[Slice | bytes, ...]
+    pieces: tuple[Slice | Made | bytes, ...]
 
     @property
     def nbytes(self) -> int:
-        return sum(piece.length if isinstance(piece, Slice) else len(piece) for piece in self.pieces)
+        return sum(len(piece) if isinstance(piece, bytes) else piece.length for piece in self.pieces)
 
     def with_rows(self, rows: torch.Tensor) -> StoredTensor:
         """The same tensor with more rows at its end, cast to its type."""
-        data = rows.to(DTYPES[self.dtype]).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        data = _bytes(rows.to(DTYPES[self.dtype]))
         return StoredTensor(self.dtype, (self.shape[0] + len(rows), *self.shape[1:]), (*self.pieces, data))
+
+    def made_by(self, make: Callable[[], torch.Tensor]) -> StoredTensor:
+        """The same tensor with other numbers, of the same type and shape, made when they are written."""
+        return StoredTensor(self.dtype, self.shape, (Made(self.nbytes, lambda: _bytes(make())),))
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,11 @@ class WeightFiles:
 
     def tensor(self, name: str) -> StoredTensor:
         return self.tensors(self.places[name])[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor's numbers."""
+        with safe_open(self.folder / self.places[name], framework="pt") as file:
+            return file.get_tensor(name)
 
     def rows(self, name: str, chunk: int = 4096) -> Iterable[torch.Tensor]:
         """The rows of a tensor, some at a time."""
@@ -140,7 +157,9 @@ def write_tensors(path: Path, tensors: dict[str, StoredTensor], metadata: dict[s
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for piece in (piece for tensor in tensors.values() for piece in tensor.pieces):
-            file.write(piece) if isinstance(piece, bytes) else _copy(piece, file)
+            _copy(piece, file) if isinstance(piece, Slice) else file.write(
+                piece.make() if isinstance(piece, Made) else piece
+            )
 
 
 def copy_model(files: WeightFiles, target: Path, changed: dict[str, StoredTensor], beside: str) -> None:
@@ -167,6 +186,10 @@ def copy_model(files: WeightFiles, target: Path, changed: dict[str, StoredTensor
         metadata = index.get("metadata")
         index["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": size}
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _copy(piece: Slice, target) -> None:

@@ -32,6 +32,11 @@ class VllmPrompts:
             raise ValueError(
                 "prompts of keys and values have no embeddings that an engine could be sent: train prompts='tokens'"
             )
+        if router.has_scales:
+            raise ValueError(
+                "this adapter has scales, which no engine applies: export it (`idp-peft export --fold_scales`), serve that folder, "
+                "and make the router of it"
+            )
         self.router = router
 
     @torch.no_grad()
