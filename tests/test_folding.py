@@ -24,7 +24,7 @@ from idp_peft.serving import Router, VllmPrompts, export_folded, export_to_vocab
 from idp_peft_cli import main
 from tests.reference import bank_of
 from tests.tiny import NAMES, VOCAB, tiny, token_batch
-from tests.tiny_folder import tiny_folder
+from tests.tiny_folder import tiny_folder, tiny_texts
 
 FLOAT32 = 1e-4  # of the largest logit: both round, in different places
 # Rounded to bfloat16, a factor differs by up to 1 in 256; the unfolded one is multiplied in float32.
@@ -417,3 +417,33 @@ def test_layers_that_a_checkpoint_keeps_together_are_refused(here):
         ValueError, match=r"layer 'model\.layers\.0\.self_attn\.q_proj' of the base is not among the tensors"
     ):
         export_folded("adapter", "folded")
+
+
+@pytest.mark.skipif(not installed("llmcompressor"), reason="llm-compressor is not installed")
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("recipe", ["gptq-3bit", "gptq-4bit", "sparsegpt-50"])
+def test_packed_words_and_zeros_keep_every_bit(here, recipe, symmetric):
+    from idp_peft.compression import compress
+    from idp_peft.models.loading import load_model
+
+    tiny_folder(here / "dense")
+    settings = {"group_size": 16, "symmetric": symmetric} if "gptq" in recipe else {}
+    compress("dense", recipe, "base", tiny_texts(), calibration_samples=16, calibration_tokens=24, **settings)
+    model = scaled(load_model("base"), prompts="key_values")
+    model.save_pretrained("adapter")
+    expected = logits(model)
+    export_folded("adapter", "folded", "base")
+    before, after = load_file("base/model.safetensors"), load_file("folded/model.safetensors")
+    changed = {key.rpartition(".")[2] for key in before if not torch.equal(before[key], after[key])}
+    assert changed == ({"weight_scale"} if "gptq" in recipe else {"weight"})
+    for key, tensor in before.items():
+        assert torch.equal(tensor == 0, after[key] == 0), key
+    assert (
+        difference(logits(PeftModel.from_pretrained(load_model("folded"), "folded/idp_adapter").eval()), expected)
+        <= FLOAT32
+    )
+    words = {name: t.clone() for name, t in model.get_base_model().state_dict().items() if "packed" in name}
+    model.fold_scales()
+    assert difference(logits(model), expected) <= FLOAT32
+    state = model.get_base_model().state_dict()
+    assert all(torch.equal(state[name], word) for name, word in words.items())
