@@ -75,15 +75,13 @@ class IDPLayer(nn.Module, BaseTunerLayer):
             )
         embeddings = self.get_base_layer()
         holds_keys, sizes = config.prompts == "key_values", bank_sizes(config, self.decoder, embeddings)
-        channels, handles = self.scaling.hook() if config.scales else (None, [])
-        self._handles += handles
         bank = PromptBank(
             config.prompt_lengths,
             sizes.prompt_width,
             context_width=sizes.width if config.selection == "centroid" else None,
             frozen_tokens=config.frozen_tokens,
             holds_keys=holds_keys,
-            channels=channels,
+            channels=self.scaling.hook() if config.scales else None,
         )
         if not bank.weight.is_meta:
             if config.init_weights and not embeddings.weight.is_meta and (texts is not None or not holds_keys):
@@ -112,6 +110,10 @@ class IDPLayer(nn.Module, BaseTunerLayer):
             )
         super().set_adapter(names, inference_mode=inference_mode)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.scaling.unhook_where_unused()
+
     def train(self, mode: bool = True) -> IDPLayer:
         # `model.eval()` is the one step of continuous batching that reaches this module before its threads start.
         if self.active_name is not None:
@@ -139,6 +141,7 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         """Take the hooks and this module off the model, and give parameters back the `requires_grad` they came with."""
         for handle in self._handles:
             handle.remove()
+        self.scaling.unhook()
         del self.decoder._modules["idp"]
         parameters = dict(self.model.named_parameters())
         for name in self._trainable_before:
@@ -241,6 +244,4 @@ def active_layer(model) -> IDPLayer:
 
 
 def _selections() -> WeakKeyDictionary:
-    if not hasattr(_of_this_thread, "selections"):
-        _of_this_thread.selections = WeakKeyDictionary()
-    return _of_this_thread.selections
+    return vars(_of_this_thread).setdefault("selections", WeakKeyDictionary())
