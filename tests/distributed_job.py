@@ -251,6 +251,7 @@ JOBS = {
     "key_values": lambda folder, base: loop(folder, "selected", base=base, **KEY_VALUES),
     "trainer_key_values": lambda folder, base: trainer(folder, "selected", base=base, **KEY_VALUES),
     "centroid": lambda folder, base: loop(folder, "selected", base=base, selection="centroid"),
+    "scales": lambda folder, base: loop(folder, "selected", base=base, scales=True),
     "all": lambda folder, base: loop(folder, "all", base=base),
     "checkpointing": lambda folder, base: loop(folder, "selected", base=base, checkpointing=True),
     "deeper": lambda folder, base: loop(folder, "selected", base=base, selection_layer=-1),
