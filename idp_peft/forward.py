@@ -94,7 +94,7 @@ class Forward:
         """P_{i*(x)}: its keys and values, computed once; where no cache can hold them, its embeddings."""
         layer, rows = self.layer, x.front.prompt_ids.clamp(min=0)
         if x.concatenates:
-            x.put_embeddings(layer.active_bank, layer.get_base_layer())
+            x.put_embeddings(layer)
         elif x.front.positions and layer.trains:
             used, rows = rows.unique(return_inverse=True)
             layer.prompt_cache_with_graph(used, x.rotary_length).put_rows(rows, x.view)
@@ -107,6 +107,7 @@ class Forward:
         call = None if is_internal_run() else current_call(self.layer)
         if call is None:
             return None
+        self.layer.scaling.note_graph(call.scaling, () if output is None else output)
         x, call.input, call.scaling = call.input, None, None
         leave(decoder, self.layer)
         return None if x is None or output is None else x.hand_back(output)

@@ -108,8 +108,7 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         bank.scales = bank.channels = None
         self.idp_config[name].scales = False
         self.idp_remembered[name].forget()
-        if not any(config.scales for config in self.idp_config.values()):
-            self.scaling.unhook()
+        self.scaling.unhook_where_unused()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -118,6 +117,10 @@ class IDPLayer(nn.Module, BaseTunerLayer):
                 f"one IDP adapter can be active at a time, got {names}: merge their banks into one instead"
             )
         super().set_adapter(names, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.scaling.unhook_where_unused()
 
     def train(self, mode: bool = True) -> IDPLayer:
         # `model.eval()` is the one step of continuous batching that reaches this module before its threads start.
@@ -249,6 +252,4 @@ def active_layer(model) -> IDPLayer:
 
 
 def _selections() -> WeakKeyDictionary:
-    if not hasattr(_of_this_thread, "selections"):
-        _of_this_thread.selections = WeakKeyDictionary()
-    return _of_this_thread.selections
+    return vars(_of_this_thread).setdefault("selections", WeakKeyDictionary())

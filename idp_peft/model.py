@@ -79,7 +79,7 @@ class IDPModel(BaseTuner):
         decoder = find_decoder(self.model)
         reads_attention = peft_config.chooses and peft_config.selection == "attention"
         check_selection_layer(decoder, peft_config.selection_layer, reads_attention)
-        came_from = getattr(peft_config, "_came_from", None)
+        came_from = getattr(peft_config, "_came_from", None) or adapter_that_transformers_loads()
         if came_from is not None:
             sizes = bank_sizes(peft_config, decoder, self.model.get_input_embeddings())
             check_weights(*came_from, peft_config, sizes, self.model)

@@ -55,8 +55,7 @@ class PromptBank(nn.Embedding):
             self._register("contexts", torch.long, len(lengths), device=device)
             self.clusters = Clusters(self)
         self.channels = channels
-        scales = None if channels is None else nn.Parameter(torch.zeros(sum(channels), device=device))
-        self.register_parameter("scales", scales)
+        self.scales = None if channels is None else nn.Parameter(torch.zeros(sum(channels), device=device))
         self.is_new = True  # no call has used it yet: a failed load removes it
 
     def _register(self, name: str, dtype: torch.dtype, *shape: int, device: torch.device | None) -> None:
@@ -117,11 +116,11 @@ class PromptBank(nn.Embedding):
 
     def forward(self, tokens: torch.Tensor | None = None) -> torch.Tensor:
         """Rows of trained tokens; without any, the factors of the linear layers."""
-        return 1 + self.scales if tokens is None else super().forward(tokens)
+        return 1 + self.scales.float() if tokens is None else super().forward(tokens)
 
     def factors(self) -> torch.Tensor:
         """The factors of the linear layers' output channels, float32 `[C]`; gathered as [`embeddings`] are."""
-        return 1 + self.scales.full_tensor() if is_sharded(self.scales) else self()
+        return 1 + self.scales.full_tensor().float() if is_sharded(self.scales) else self()
 
     def _with_frozen(self, trained: torch.Tensor) -> torch.Tensor:
         """All tokens of all prompts, the frozen ones in front of each prompt's others."""

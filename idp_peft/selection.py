@@ -134,7 +134,7 @@ def _assign_or_select(layer, inputs, mask, selection_mask, labels, training, row
         return Selection(random_prompts(_content(inputs), context, config.num_prompts, config.selection_seed))
     if config.selection == "centroid":
         return _select_by_centroid(layer, inputs, context, training)
-    with layer.scaling.choosing():
+    with layer.scaling.everywhere():
         on_prompts = attention_on_bank(layer, layer.selection_layer, inputs, mask)  # [B, n, M]
     scores = scores_from_attention(on_prompts, context, layer.active_bank.lengths, config.selection_reduction)
     return Selection(scores.argmax(-1), scores)

@@ -14,7 +14,6 @@ import pytest
 import torch
 import transformers
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -438,12 +437,22 @@ def test_a_hub_adapter_that_does_not_fit_leaves_the_model_as_it_was(hub, damage,
     as_it_was(model, expected)
 
 
-@pytest.mark.parametrize("damage", [damage_truncate, damage_lengths])
-def test_transformers_own_loader_raises_its_own_error_for_a_file_that_does_not_fit(saved, damage):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_truncate, "may be truncated"),
+        (damage_lengths, "holds prompts of shape"),
+        (damage_extra, "unexpected tensors"),
+    ],
+)
+def test_transformers_own_loader_refuses_a_file_that_does_not_fit_before_the_model_changes(saved, damage, message):
     _, base, folder = saved
     damage(folder)
-    with pytest.raises((RuntimeError, SafetensorError)):
-        AutoModelForCausalLM.from_pretrained(base).load_adapter(str(folder))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    expected = logits(model)
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(str(folder))
+    as_it_was(model, expected)
 
 
 def test_another_width_is_named_and_the_model_left_as_it_was(saved):

@@ -30,8 +30,8 @@ pytestmark = pytest.mark.xdist_group("distributed")  # one launch for all of the
 TOLERANCE, LOGITS = 1e-5, 1e-4
 # The launch costs more than the jobs, so each way is launched once.
 JOBS = {
-    "ddp": ["selected", "all", "centroid", "key_values", "trainer"],
-    "fsdp2": ["selected", "uniform", "centroid", "key_values", "checkpointing", "trainer"],
+    "ddp": ["selected", "all", "centroid", "key_values", "scales", "trainer"],
+    "fsdp2": ["selected", "uniform", "centroid", "key_values", "scales", "checkpointing", "trainer"],
 }
 SETTINGS = {"ddp": {}, "fsdp2": FSDP2}
 CASES = [(way, job) for way, jobs in JOBS.items() for job in jobs]
@@ -93,6 +93,15 @@ def test_processes_learn_the_centroids_that_one_process_learns(runs, way):
     assert torch.equal(found["contexts"], expected["contexts"])
     assert expected["contexts"].sum() == 16, "each example of the run, once"
     assert close(found["centroids"], expected["centroids"], TOLERANCE)
+
+
+@pytest.mark.parametrize("way", list(JOBS))
+def test_processes_train_the_scales_that_one_process_trains(runs, way):
+    runs.two(way)
+    runs.one("scales")
+    found, expected = saved_in(runs.folder / way / "scales"), saved_in(runs.folder / "one" / "scales")
+    assert expected["scales"].abs().max() > 0.1, "AdamW's four steps at 0.05"
+    assert close(found["scales"], expected["scales"], TOLERANCE)
 
 
 @pytest.mark.parametrize(("way", "job"), LOOPS)

@@ -229,14 +229,13 @@ class DecoderInput:
         total = int((self.positions + self.front.shift).max()) + 1
         return total if keeps_rotary(self.decoder) else rotary_length(self.decoder, total)
 
-    def put_embeddings(self, bank, embeddings: nn.Module) -> None:
+    def put_embeddings(self, layer) -> None:
         """Prepend each row's prompt: the decoder computes it with the input.
 
         Args:
-            bank (`PromptBank`): whose prompts they are.
-            embeddings (`nn.Module`): the base's input embeddings, for inputs given as ids.
+            layer (`IDPLayer`): whose prompts they are.
         """
-        kwargs, front = self.kwargs, self.front
+        kwargs, front, bank, embeddings = self.kwargs, self.front, layer.active_bank, layer.get_base_layer()
         embeds, ids = kwargs.pop("inputs_embeds", None), kwargs.pop("input_ids", None)
         embeds = embeddings(ids) if embeds is None else embeds  # [B, n, d]
         prompts = bank.rows(front.prompt_ids.clamp(min=0), embeds.dtype).to(embeds.device)  # [B, K, d]
@@ -244,7 +243,8 @@ class DecoderInput:
         positions = self.positions + front.shift
         positions = positions.expand(*positions.shape[:-2], len(embeds), -1)
         self.joined = Concatenation.build(prompts, slots, embeds, self.real_tokens, positions, self.padding_first)
-        self.joined.arrange_others(self.decoder, kwargs, prompts, ids, embeds)
+        with layer.scaling.everywhere():  # Gemma 3n projects prompts beforehand
+            self.joined.arrange_others(self.decoder, kwargs, prompts, ids, embeds)
         front.mask, front.covered = self.joined.attention_mask.bool(), self.tokens
         self.prompt_slots, self.keep = slots, self.keep or self.tokens
 

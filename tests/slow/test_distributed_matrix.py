@@ -10,7 +10,7 @@ import importlib.util
 import pytest
 
 from tests.distributed_job import LENGTHS
-from tests.distributed_run import FSDP2, ZERO3, close, in_one_process, in_two_processes, prompts_in
+from tests.distributed_run import FSDP2, ZERO3, close, in_one_process, in_two_processes, prompts_in, saved_in
 
 TOLERANCE, LOGITS = 1e-5, 1e-4  # as in tests/test_distributed.py
 # way -> its settings, the name of what wraps the model, its jobs.
@@ -33,7 +33,7 @@ WAYS = {
     "fsdp2-checkpointing": (
         FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
         "FSDPPeftModelForCausalLM",
-        ["selected", "uniform", "deeper"],
+        ["selected", "uniform", "deeper", "scales"],
     ),
     "zero3": (
         ZERO3,
@@ -74,6 +74,9 @@ def test_two_processes_do_what_one_does_with_the_whole_batch(way, one, tmp_path)
         found = prompts_in(tmp_path / way / job)
         assert job == "key_values" or found.shape == (sum(LENGTHS), 32)
         assert close(found, prompts_in(folder), TOLERANCE), job
+        if job == "scales":
+            both = [saved_in(where)["scales"] for where in (tmp_path / way / job, folder)]
+            assert close(*both, TOLERANCE), job
 
 
 def test_bfloat16_under_fsdp2_is_close(one, tmp_path):
