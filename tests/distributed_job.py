@@ -120,7 +120,7 @@ def loop(
     if by_hand and accelerator.distributed_type == DistributedType.FSDP:
         shard_parts_of_layers(model)
     # `eps`: where a gradient is next to nothing, rounding must not decide the direction of a step.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, eps=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, eps=1e-3)
     batches = DataLoader(examples(), batch_size=BATCH // accelerator.num_processes)
     if by_hand:
         batches = accelerator.prepare(batches)
