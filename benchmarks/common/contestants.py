@@ -12,6 +12,7 @@ IDP = {
     "IDP by centroid": {"selection": "centroid"},
     "IDP, key/values by centroid": {"selection": "centroid", "prompts": "key_values"},
     "IDP, key/values by centroid, scales": {"selection": "centroid", "prompts": "key_values", "scales": True},
+    "IDP, key/values by centroid, scales folded": {"selection": "centroid", "prompts": "key_values", "folded": True},
 }
 METHODS = ("base alone", *IDP, "prompt tuning", "prefix tuning", "LoRA, rank 16", "LoRA, budget-matched")
 # A Llama of a billion parameters with random weights: speed does not depend on their values.
@@ -54,12 +55,17 @@ def with_method(base, method: str, num_prompts: int = 4, num_virtual_tokens: int
 
     from idp_peft.recover.methods import nearest_lora
 
+    fields = IDP.get(method, {}) | idp
+    if fields.pop("folded", False):  # into weights of its own
+        model = _with_bank(copy.deepcopy(base), num_prompts, num_virtual_tokens, fields | {"scales": True})
+        model.fold_scales()
+        return model
     model = sharing_weights(base)
     if method == "base alone":
         return model.eval()
     common = {"task_type": "CAUSAL_LM"}
     if method in IDP:
-        return _with_bank(model, num_prompts, num_virtual_tokens, IDP[method] | idp)
+        return _with_bank(model, num_prompts, num_virtual_tokens, fields)
     elif method == "prompt tuning":
         config = PromptTuningConfig(num_virtual_tokens=num_virtual_tokens, **common)
     elif method == "prefix tuning":

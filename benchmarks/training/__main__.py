@@ -53,7 +53,8 @@ def contestants() -> dict[str, dict]:
         "IDP, selected": {"method": "IDP", "assignment": "selected"},
         "IDP, uniform": {"method": "IDP", "assignment": "uniform"},
     }
-    return idp | {name: {"method": name} for name in METHODS if name not in ("base alone", "IDP")}
+    others = [name for name in METHODS if name not in ("base alone", "IDP") and "folded" not in name]
+    return idp | {name: {"method": name} for name in others}
 
 
 class Training:
