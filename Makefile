@@ -27,7 +27,7 @@ STUDY := benchmarks/study/configs/smollm2-135m.yaml
 TRAINED := runs/study/smollm2-135m/gptq-3bit
 MEASURED ?= runs/measured
 
-.PHONY: demo study test test-oldest test-models test-models-oldest test-compression test-serving test-distributed test-peft test-peft-oldest lint
+.PHONY: demo study test test-all test-oldest test-models test-models-oldest test-compression test-serving test-distributed test-peft test-peft-oldest lint
 
 # The two MALLOC settings spare page faults while training.
 demo: $(COMPRESSION_ENV)
@@ -60,6 +60,10 @@ study: $(COMPRESSION_ENV)
 test: $(TEST_ENV)
 	$(PY) -m ruff check .
 	$(PY) -m pytest -n 2 --dist loadgroup
+
+# Everything, the slow tests too: half an hour and more on two cores.
+test-all: $(TEST_ENV)
+	$(PY) -m pytest -n 2 --dist loadgroup -m ""
 
 # The oldest versions that pyproject.toml admits. SKIP="tests/test_a.py ..." leaves files out.
 test-oldest: $(VENV)-oldest/.test-ready

@@ -9,10 +9,28 @@ from peft import get_peft_model
 
 import idp_peft  # noqa: F401  (registers the method)
 from idp_peft import IDPConfig
-from tests.tiny import SEED, tiny
+from tests.tiny import ARCHITECTURES_AND_MORE, SEED, tiny
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start, too
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+# `make test` asks the contract of every architecture, and what else is asked of each of those that differ most. `make test-all`
+# asks everything of all. What takes longest is marked `slow` where it stands.
+_OF_ALL = {"test_contract.py", "test_models.py"}
+_DIFFERENT = {
+    *("llama", "mistral_small_window", "gemma2", "phi3", "opt", "gpt2", "bloom", "mpt", "mixtral", "gemma3n"),
+    *("gemma4_multimodal", "qwen2_5_vl", "phi3_longrope", "llama_dynamic"),
+}
+
+
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        given = getattr(item, "callspec", None)
+        asked = {str(value).partition(" by ")[0] for value in given.params.values()} if given else set()
+        alike = asked & set(ARCHITECTURES_AND_MORE)
+        if alike and not alike & _DIFFERENT and item.path.name not in _OF_ALL:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,7 @@ METHODS = {
 OBJECTIVES = ("language modelling", "distillation")
 STEPS, BATCH, TEXTS_PER_PERSON = 200, 16, 20
 _USUAL = {"selection": "attention", "selection_layer": 0, "selection_reduction": "mean", "assignment": "selected"}
+_USUAL |= {"scales": False}
 
 
 def repair_texts(everyone: list[Person], seed: int) -> list[str]:

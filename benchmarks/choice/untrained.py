@@ -30,7 +30,10 @@ def main(arguments: list[str] | None = None) -> None:
     blocks = token_blocks(tokenizer, load_texts("wiki", "train"), 256, min_tokens=256)
     set_seed(options.seed)
     bank = RecoverSettings(
-        model=options.model, num_prompts=options.num_prompts, num_virtual_tokens=options.num_virtual_tokens
+        model=options.model,
+        num_prompts=options.num_prompts,
+        num_virtual_tokens=options.num_virtual_tokens,
+        scales=False,
     )
     with_adapter(load_model(options.model, dtype=torch.float32), tokenizer, blocks, bank).save_pretrained(
         options.output

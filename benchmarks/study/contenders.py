@@ -90,7 +90,7 @@ def _train(matrix: Matrix, one: Contender, options: dict, runs: Path) -> Path:
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
         **data,
-        **options,
+        **{"scales": False, **options},
         **arguments,
     )
 

@@ -81,7 +81,7 @@ class Bench:
         from idp_peft.recover.training import make_trainer, training_examples
 
         began = time.perf_counter()
-        settings = RecoverSettings(self.folder, **settings)
+        settings = RecoverSettings(self.folder, **{"scales": False, **settings})
         model = _load(self.folder)
         set_seed(seed)
         model = with_adapter(model, self.tokenizer, self.train, settings, self.teacher)

@@ -9,8 +9,9 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from idp_peft.config import IDPConfig
-from idp_peft.hosting.architectures import embedding_width
+from idp_peft.hosting.architectures import embedding_width, find_decoder
 from idp_peft.models.loading import place_of
+from idp_peft.scales import linear_layers, output_channels
 
 METHODS = ("idp", "prompt_tuning", "prefix_tuning", "lora", "ia3", "ln_tuning")
 # Peak learning rates, as tuned (benchmarks/LOG.md, benchmarks/repair); prefix tuning's is for the start at a teacher's keys and values, untuned.
@@ -66,6 +67,8 @@ def method_config(
     if settings.prompts == "key_values":
         trained = settings.num_virtual_tokens - settings.num_frozen_tokens
         budget = settings.num_prompts * trained * prefix_parameters_per_token(model.config)
+    if settings.scales:
+        budget += sum(map(output_channels, linear_layers(find_decoder(model)).values()))
     if settings.method == "lora":
         targets, rank = settings.lora_target_modules, settings.lora_rank
         if settings.match_budget:
