@@ -18,6 +18,9 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # `make test` asks the contract of every architecture, and what else is asked of each of those that differ most. `make test-all`
 # asks everything of all. What takes longest is marked `slow` where it stands.
 _OF_ALL = {"test_contract.py", "test_models.py"}
+_OF_FEW = {  # where each architecture is asked two dozen questions
+    "test_one_choice.py": {"llama", "gpt2", "gemma2", "bloom", "phi3_longrope", "qwen2_5_vl"},
+}
 _DIFFERENT = {
     *("llama", "mistral_small_window", "gemma2", "phi3", "opt", "gpt2", "bloom", "mpt", "mixtral", "gemma3n"),
     *("gemma4_multimodal", "qwen2_5_vl", "phi3_longrope", "llama_dynamic"),
@@ -29,7 +32,7 @@ def pytest_collection_modifyitems(items) -> None:
         given = getattr(item, "callspec", None)
         asked = {str(value).partition(" by ")[0] for value in given.params.values()} if given else set()
         alike = asked & set(ARCHITECTURES_AND_MORE)
-        if alike and not alike & _DIFFERENT and item.path.name not in _OF_ALL:
+        if alike and item.path.name not in _OF_ALL and not alike & _OF_FEW.get(item.path.name, _DIFFERENT):
             item.add_marker(pytest.mark.slow)
 
 

@@ -71,6 +71,7 @@ def test_requests_that_choose_other_prompts_compile_nothing_after_the_first(make
     assert graphs() == warm
 
 
+@pytest.mark.slow
 def test_a_request_of_another_length_does_compile(make):
     """So the count above can fail."""
     model = make("llama")

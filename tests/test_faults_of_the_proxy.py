@@ -30,6 +30,7 @@ def test_the_results_are_of_the_whole_run_and_nothing_was_lost():
     assert RESULT["tracebacks"] == 0
 
 
+@pytest.mark.slow
 def test_a_small_run_of_all_attacks_loses_nothing():
     result = faults.count_all(scale=0.01)
     assert list(result["attacks"]) == list(RESULT["attacks"])

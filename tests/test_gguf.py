@@ -173,7 +173,8 @@ def test_banks_are_composed_and_split_and_still_name_it(here, expected, base_mod
     idp_peft.compose(["run/adapter"], here / "bank", base_model=base_model)
     assert is_base_name(PeftConfig.from_pretrained(str(here / "bank")).base_model_name_or_path)
     assert torch.equal(logits(idp_peft.load(here / "bank")[0]), expected)
-    folders = idp_peft.split("run/adapter", here / "prompts", base_model=base_model)
+    run("recover", "--model", BASE, "--output_dir", here / "plain", "--scales", "false", *TRAIN)
+    folders = idp_peft.split(here / "plain/adapter", here / "prompts", base_model=base_model)
     assert all(is_base_name(PeftConfig.from_pretrained(place).base_model_name_or_path) for place in folders)
     assert is_base(idp_peft.load(folders[0])[0].get_base_model())
 
@@ -187,7 +188,7 @@ def test_it_is_routed_exported_and_served_behind_the_proxy(here, expected, monke
     model, tokenizer = idp_peft.load("run/adapter")
     (here / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     run("route", "--adapter", "run/adapter", "--input", here / "in.jsonl", "--output", here / "out.jsonl")
-    run("export", "--to_vocab", "--adapter", "run/adapter", "--output_dir", here / "served")
+    run("export", "--to_vocab", "--fold_scales", "--adapter", "run/adapter", "--output_dir", here / "served")
     assert {path.name for path in here.iterdir()} == {"in.jsonl", "out.jsonl", "served"}
     exported = ExportedModel.from_folder(here / "served")
     routed = [json.loads(line)["prompt_id"] for line in (here / "out.jsonl").read_text().splitlines()]

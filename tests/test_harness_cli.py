@@ -155,6 +155,7 @@ def _leaves(value) -> list:
 # ---------------------------------------------------------------------- the two command lines
 
 
+@pytest.mark.slow
 def test_the_launcher_gives_exactly_what_the_evaluation_in_memory_gives(here):
     pytest.importorskip("evaluate", reason="evaluate is not installed")
     local = [f"local_{name}" for name in _LOCAL]

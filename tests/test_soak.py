@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from benchmarks.soak.__main__ import build, growth, soak
 
 
+@pytest.mark.slow
 def test_requests_of_every_kind_from_threads_leave_no_tensor_behind():
     rounds = soak(build(), requests=96, threads=4, per_round=8)
     assert {kind for found in rounds for kind in found["kinds"]} >= {"forward", "greedy", "sample", "beams", "static"}
@@ -17,6 +19,7 @@ def test_requests_of_every_kind_from_threads_leave_no_tensor_behind():
     assert max(sizes) - min(sizes) < 2048, "a last choice is as long as its batch; nothing else may differ"
 
 
+@pytest.mark.slow
 def test_a_tensor_that_is_left_behind_is_seen():
     left = []
     rounds = soak(build(), 24, threads=2, per_round=4, on_round=lambda *_: left.append(torch.zeros(3)))

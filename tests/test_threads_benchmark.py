@@ -21,6 +21,7 @@ def test_the_table_and_the_page_hold_the_numbers_of_the_result_file(tmp_path):
     assert set(stated) <= shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_both_kinds_of_work_run_in_every_setting(setting):
     found = speeds(SETTINGS[setting], 0.01)

@@ -29,6 +29,7 @@ def test_the_default_settings_train_the_prompts_that_contexts_choose(name):
     assert (outcome.read, outcome.warned) == (("row", True) if name in UNKNOWN_TARGETS else ("context", False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("assignment", ["uniform", "all"])
 @pytest.mark.parametrize("name", list(LOOPS))
 def test_other_assignments_train_or_name_one_that_does(name, assignment):
@@ -74,6 +75,7 @@ def test_a_reward_model_is_refused_before_it_trains():
     assert re.fullmatch(message, run(REFUSED, assignment="selected").error)
 
 
+@pytest.mark.slow
 def test_the_page_has_the_table_of_what_was_run():
     assert table_of(PAGE.read_text(encoding="utf-8")) == table(), "run `python -m tests.training_loops`"
 
