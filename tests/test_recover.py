@@ -71,6 +71,16 @@ def run(output: str = "run", **changes) -> Path:
     return run_recover(flags(output, **changes), recover)
 
 
+def test_a_run_that_began_before_there_were_scales_has_none(here):
+    adapter = run(scales=False, max_steps=1)
+    record = json.loads(Path("run/run.json").read_text())
+    del record["settings"]["scales"]
+    Path("run/run.json").write_text(json.dumps(record))
+    assert run(scales=False, max_steps=1) == adapter
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(scales: False, now True\)"):
+        run(max_steps=1)
+
+
 def test_the_packaged_model_can_be_repaired_from_openings_of_its_text(here, monkeypatch):
     from idp_peft.offline import assets
 

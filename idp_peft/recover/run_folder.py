@@ -142,8 +142,8 @@ class RunFolder:
         return record
 
     def _check_same(self, settings) -> None:
-        # An option that did not exist then had no other value than its default.
-        defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+        # An option that did not exist then had no other value than its default; but nothing was scaled then.
+        defaults = {field.name: field.default for field in dataclasses.fields(settings)} | {"scales": False}
         before = defaults | self.record["settings"]
         names = [name for name in {**before, **self.settings} if before.get(name) != self.settings.get(name)]
         if names:
