@@ -203,14 +203,16 @@ def _hqq(module: nn.Module, channels: int, place: str) -> list[Rows]:
 
 def _subclass(weight: torch.Tensor, channels: int, place: str) -> list[Rows]:
     """Tensors of torchao: integers, a scale and a zero point per block."""
-    scale, size, zero = (getattr(weight, name, None) for name in ("scale", "block_size", "zero_point"))
-    kind = type(weight).__name__
+    kind, size = type(weight).__name__, getattr(weight, "block_size", None)
+    inner = getattr(weight, "tensor_impl", weight)  # of the tensors that torchao made first
+    scale, zero = (getattr(inner, name, None) for name in ("scale", "zero_point"))
     if not torch.is_tensor(scale) or size is None:
         raise ValueError(f"{place} is a {kind}, whose scales are not known here: keep the scales unfolded")
-    if torch.is_tensor(zero) and zero.is_floating_point():
+    domain = getattr(getattr(weight, "zero_point_domain", None), "name", "INT")
+    if domain not in ("INT", "NONE") or (torch.is_tensor(zero) and zero.is_floating_point() and domain != "NONE"):
         raise ValueError(f"{place} is a {kind} with zero points that are no integers: keep the scales unfolded")
-    if size[0] != 1 or scale.ndim != 2 or scale.shape[0] != channels or scale.dtype not in _FLOATS:
+    if size[0] != 1 or scale.ndim > 2 or not scale.ndim or scale.shape[0] != channels or scale.dtype not in _FLOATS:
         raise ValueError(
             f"{place} is a {kind} with blocks of {list(size)}, which cross rows, or scales of type {scale.dtype}"
         )
-    return [Rows(scale, lambda factors: factors[:, None])]
+    return [Rows(scale, _along(0, scale.ndim))]
