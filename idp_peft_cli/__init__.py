@@ -12,6 +12,7 @@ import sys
 _COMMANDS = {
     "compress": "compress a dense model with GPTQ or SparseGPT",
     "recover": "train prompts that repair a compressed model",
+    "teach": "keep what a dense model predicts, so that recover needs no second model",
     "evaluate": "measure perplexity and zero-shot tasks",
     "report": "one page and one table from result files",
     "push": "upload an adapter to the Hub, with a model card",

@@ -88,6 +88,22 @@ class RecoverOptions:
 
 
 @dataclass
+class TeachOptions:
+    """Keep what a dense model predicts on training text: `recover --teacher FOLDER` then needs no second model."""
+
+    model: str = _required("Dense model: 'default', a folder, a .gguf file or a Hub id.")
+    output_dir: str = _required("Folder for what it predicts; the same command goes on where it was.")
+    dataset: str = _option("wiki", f"Training text, as for recover: 'wiki', {_DATA}.")
+    dataset_split: str = _option("train", "Split of the dataset.")
+    dataset_config: str | None = _option(None, _CONFIG)
+    text_column: str = _option("text", _COLUMN)
+    block_tokens: int = _option(256, "Tokens of a training example; the same as recover's.")
+    min_tokens: int = _option(32, "Texts with fewer tokens are left out; the same as recover's.")
+    top_k: int = _option(64, "Likeliest next tokens that are kept of each token.")
+    batch_size: int = _option(4, "Blocks at once.")
+
+
+@dataclass
 class EvaluateOptions:
     """Measure perplexity and zero-shot tasks of a dense, compressed or repaired model."""
 

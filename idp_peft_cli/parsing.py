@@ -10,6 +10,7 @@ from idp_peft_cli import options
 OPTIONS = {
     "compress": options.CompressOptions,
     "recover": options.RecoverOptions,
+    "teach": options.TeachOptions,
     "evaluate": options.EvaluateOptions,
     "report": options.ReportOptions,
     "push": options.PushOptions,

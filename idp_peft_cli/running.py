@@ -20,6 +20,7 @@ def run(command: str, options, *more) -> None:
     commands = {
         "compress": _compress,
         "recover": _recover,
+        "teach": _teach,
         "evaluate": _evaluate,
         "report": _report,
         "push": _push,
@@ -45,6 +46,12 @@ def _recover(options, arguments) -> None:
     from idp_peft.recover import recover
 
     print(f"adapter in {recover(arguments=arguments, **asdict(options))}")
+
+
+def _teach(options) -> None:
+    from idp_peft.recover import teach
+
+    print(f"teacher in {teach(**asdict(options))}")
 
 
 def _evaluate(options) -> None:

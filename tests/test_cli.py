@@ -85,7 +85,7 @@ def _seconds(*arguments: str) -> float:
     [
         (
             ["repair"],
-            "the sub-command must be one of compress, recover, evaluate, report, push, export, route, proxy; got 'repair'",
+            "the sub-command must be one of compress, recover, teach, evaluate, report, push, export, route, proxy; got 'repair'",
         ),
         (["compress", "--model", "x"], "required: --output_dir"),
         (["compress", "--model", "x", "--output_dir", "y", "--colour", "red"], "--colour"),

@@ -2,5 +2,6 @@
 
 from idp_peft.recover.run import recover
 from idp_peft.recover.settings import RecoverSettings
+from idp_peft.recover.stored_teacher import teach
 
-__all__ = ["RecoverSettings", "recover"]
+__all__ = ["RecoverSettings", "recover", "teach"]

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from idp_peft.config import IDPConfig
+from idp_peft.recover.stored_teacher import StoredTeacher, truncated_kl
 from idp_peft.recover.two_rates import RepairTrainer
 
 _IGNORED = -100
@@ -25,8 +26,8 @@ class DistillationTrainer(RepairTrainer):
     """`transformers.Trainer` with the loss above.
 
     Args:
-        teacher (`PreTrainedModel`): the dense model, whose token ids mean the same. Put into eval mode and onto the
-            student's device.
+        teacher (`PreTrainedModel` or `StoredTeacher`): the dense model, whose token ids mean the same, put into eval mode and
+            onto the student's device; or what it predicts, from files.
         weight (`float`): w, from above 0 to 1.
         temperature (`float`): T, above 0.
 
@@ -34,10 +35,13 @@ class DistillationTrainer(RepairTrainer):
         `ValueError`: for values outside these ranges.
     """
 
-    def __init__(self, *args, teacher: nn.Module, weight: float, temperature: float, **kwargs) -> None:
+    def __init__(self, *args, teacher: nn.Module | StoredTeacher, weight: float, temperature: float, **kwargs) -> None:
         check_distillation(weight, temperature)
         super().__init__(*args, **kwargs)
-        self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
+        is_stored = isinstance(teacher, StoredTeacher)
+        if is_stored and temperature != 1:
+            raise ValueError(f"`temperature` must be 1 with a teacher from files, got {temperature}")
+        self.teacher = teacher if is_stored else teacher.eval().requires_grad_(False).to(self.args.device)
         self.weight, self.temperature = weight, temperature
         # The loss below divides by the labelled tokens of the whole optimiser step, when Trainer counts them.
         self.model_accepts_loss_kwargs = True
@@ -46,15 +50,16 @@ class DistillationTrainer(RepairTrainer):
         labels = inputs["labels"]
         scored = labels[:, 1:] != _IGNORED  # [B, n-1]
         items = scored.sum() if num_items_in_batch is None else num_items_in_batch
-        with torch.no_grad():
-            seen = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
-            target = self.teacher(**seen, use_cache=False).logits[:, :-1][scored]  # [T, V]
+        target = self._target(inputs, scored)
         losses = []
         for forced in self._prompts_in_turn(model, len(labels)):
             outputs = model(**inputs, **forced, use_cache=False)
             # PEFT's prompt tuning returns logits of its prompt positions too, in front.
             logits = outputs.logits[:, -labels.shape[1] :][:, :-1][scored]  # [T, V]
-            loss = self.weight * forward_kl(logits, target, self.temperature)
+            if isinstance(self.teacher, StoredTeacher):
+                loss = self.weight * truncated_kl(logits, *target)
+            else:
+                loss = self.weight * forward_kl(logits, target, self.temperature)
             if self.weight < 1:
                 own = nn.functional.cross_entropy(logits.float(), labels[:, 1:][scored], reduction="sum")
                 loss = loss + (1 - self.weight) * own
@@ -63,6 +68,15 @@ class DistillationTrainer(RepairTrainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # as Trainer does: gradients are averaged over processes
         return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _target(self, inputs: dict, scored: torch.Tensor):
+        """What the teacher says where tokens are scored: logits `[T, V]`, or ids and log-probabilities `[T, k]`."""
+        if isinstance(self.teacher, StoredTeacher):
+            found = self.teacher.predictions(inputs["input_ids"], inputs["attention_mask"])
+            return [part[:, :-1][scored] for part in found]
+        seen = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+        return self.teacher(**seen, use_cache=False).logits[:, :-1][scored]
 
     def _prompts_in_turn(self, model: nn.Module, batch: int):
         """Forced prompts of each pass: every prompt of the bank under `assignment="all"`, else one free pass."""

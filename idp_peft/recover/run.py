@@ -29,6 +29,7 @@ from idp_peft.recover.run_folder import RunFolder
 from idp_peft.recover.self_text import sample_blocks
 from idp_peft.recover.settings import RecoverSettings
 from idp_peft.recover.stopping import StopAtSignal
+from idp_peft.recover.stored_teacher import StoredTeacher, is_taught
 from idp_peft.recover.training import kinds_of, make_trainer, training_examples
 from idp_peft.texts.chats import assistant_only
 from idp_peft.texts.data import Block, blocks, load_kinds
@@ -87,12 +88,15 @@ def _run(settings, arguments: TrainingArguments) -> Path:
         return folder.adapter
     tokenizer = load_tokenizer(settings.model)
     tokens = set(tokenizer.get_vocab().values())
-    if settings.teacher is not None:
+    stored = StoredTeacher(settings.teacher) if settings.teacher is not None and is_taught(settings.teacher) else None
+    if settings.teacher is not None and stored is None:
         tokens &= _check_same_tokens(tokenizer, load_tokenizer(settings.teacher))
     train, held = ([], []) if settings.dataset == "self" else _blocks(settings, arguments, tokenizer)
 
     model = load_model(settings.model, for_training=True)
-    teacher = load_model(settings.teacher) if settings.teacher is not None else None
+    teacher = load_model(settings.teacher) if settings.teacher is not None and stored is None else None
+    if stored is not None:
+        stored.check([block.ids for block in (*train, *held)], tokenizer)
     tokens.intersection_update(
         *(range(one.config.get_text_config().vocab_size) for one in (model, teacher) if one is not None)
     )
@@ -102,7 +106,7 @@ def _run(settings, arguments: TrainingArguments) -> Path:
     if probe.verdict != "trainable":
         raise ValueError(f"`model` {settings.model!r} cannot be trained through: {probe}")
     before = fingerprint(model)
-    folder.check_inputs(model=before, teacher=None if teacher is None else fingerprint(teacher))
+    folder.check_inputs(model=before, teacher=_digest_of(teacher, stored))
 
     folder.write("running", environment=environment(), gradient_probe=str(probe), base_sha256=before)
     if settings.dataset == "self":
@@ -111,7 +115,7 @@ def _run(settings, arguments: TrainingArguments) -> Path:
     folder.write("running")
     model = _with_adapter(model, tokenizer, train, settings, arguments, teacher)
     stop = StopAtSignal()
-    trainer = _trainer(model, teacher, train, held, settings, arguments, [stop, MarkWhole()])
+    trainer = _trainer(model, teacher or stored, train, held, settings, arguments, [stop, MarkWhole()])
     checkpoint = _checkpoint(folder, arguments)
     with stop:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -128,6 +132,12 @@ def _run(settings, arguments: TrainingArguments) -> Path:
     elif arguments.push_to_hub:
         trainer.push_to_hub()
     return folder.adapter
+
+
+def _digest_of(teacher, stored: StoredTeacher | None) -> str | None:
+    if stored is not None:
+        return stored.digest
+    return None if teacher is None else fingerprint(teacher)
 
 
 def _checkpoint(folder: RunFolder, arguments: TrainingArguments) -> str | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from idp_peft.recover.distillation import check_distillation
 from idp_peft.recover.methods import METHODS
+from idp_peft.recover.stored_teacher import is_taught
 
 
 @dataclass
@@ -16,7 +17,8 @@ class RecoverSettings:
         model (`str`): the compressed model: a folder, a `.gguf` file or a Hub id (`"default"`: a dense one).
         method (`str`, defaults to `"idp"`): what is trained: `"idp"`, or one of PEFT's own methods as a baseline
             (`"prompt_tuning"`, `"prefix_tuning"`, `"lora"`, `"ia3"`, `"ln_tuning"`).
-        teacher (`str`, *optional*): the dense model to distil from. Without one, the objective is language modelling.
+        teacher (`str`, *optional*): the dense model to distil from, or a folder that [`teach`] wrote, with what it predicts on the
+            same text. Without one, the objective is language modelling.
         distillation_weight (`float`, defaults to `1.0`): the share of the distillation loss; the rest is language modelling.
         temperature (`float`, defaults to `1.0`): of the distillation loss.
         dataset (`str`, defaults to `"wiki"`): what [`load_texts`] takes, or `"self"`: text that the teacher writes.
@@ -85,6 +87,13 @@ class RecoverSettings:
             raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {self.method!r}")
         if self.dataset == "self" and self.teacher is None:
             raise ValueError("`dataset` 'self' needs `teacher`: the model that the text is sampled from")
+        if self.teacher is not None and is_taught(self.teacher):
+            if self.dataset == "self":
+                raise ValueError(
+                    "`dataset` 'self' needs a `teacher` that can write, and this folder holds what one predicts"
+                )
+            if self.temperature != 1:
+                raise ValueError(f"`temperature` must be 1 with a teacher from files, got {self.temperature}")
         if self.dataset == "self" and self.assistant_only_loss:
             raise ValueError("`assistant_only_loss` needs chats, and `dataset` 'self' is text: leave it out")
         if self.kind_column is not None and (self.dataset == "self" or self.method != "idp"):
