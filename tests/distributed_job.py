@@ -67,13 +67,22 @@ def examples(count: int = 16, length: int = 12) -> list[dict]:
     ]
 
 
-def build(assignment: str, base: str | None = None, architecture: str = "llama", dtype=torch.float32, **config):
+def build(
+    assignment: str,
+    base: str | None = None,
+    architecture: str = "llama",
+    dtype=torch.float32,
+    starts_at_base: bool = False,
+    **config,
+):
     set_seed(7)
     model = tiny(architecture) if base is None else AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     config = {"num_prompts": 4, "num_virtual_tokens": LENGTHS, **config}
     adapted = get_peft_model(model, IDPConfig(task_type="CAUSAL_LM", assignment=assignment, **config))
     if config.get("prompts") == "key_values":
-        start_at(adapted, adapted.get_base_model(), [row["input_ids"].tolist() for row in examples(4)])
+        # Under ZeRO-3, a teacher that is built here has other weights; under FSDP2, only one process may hold the base.
+        teacher = adapted.get_base_model() if starts_at_base else tiny("llama", seed=1)
+        start_at(adapted, teacher, [row["input_ids"].tolist() for row in examples(4)])
     return adapted
 
 
@@ -250,6 +259,7 @@ JOBS = {
     "selected": lambda folder, base: loop(folder, "selected", base=base),
     "uniform": lambda folder, base: loop(folder, "uniform", base=base),
     "key_values": lambda folder, base: loop(folder, "selected", base=base, **KEY_VALUES),
+    "own_key_values": lambda folder, base: loop(folder, "selected", base=base, starts_at_base=True, **KEY_VALUES),
     "trainer_key_values": lambda folder, base: trainer(folder, "selected", base=base, **KEY_VALUES),
     "centroid": lambda folder, base: loop(folder, "selected", base=base, selection="centroid"),
     "scales": lambda folder, base: loop(folder, "selected", base=base, scales=True),
