@@ -79,7 +79,8 @@ test-models-oldest: $(VENV)-oldest/.test-ready
 # GPTQ and SparseGPT: llm-compressor wants a range of transformers versions of its own.
 test-compression: $(COMPRESSION_ENV)
 	$(COMPRESSION_PY) -m pytest -n 2 tests/test_compression.py tests/test_loading.py tests/test_gradient_probe.py \
-	  tests/test_pipeline.py tests/test_export_compressed.py tests/test_folding.py tests/test_biographies.py
+	  tests/test_pipeline.py tests/test_export_compressed.py tests/test_biographies.py
+	$(COMPRESSION_PY) -m pytest -n 2 tests/test_folding.py -k packed
 
 # Against a real vLLM, some minutes on one core: it pins its own torch and transformers.
 test-serving: $(VENV)-serving/.test-ready

@@ -319,7 +319,7 @@ def of_input(decoder: nn.Module, ids: torch.Tensor | None, embeds: torch.Tensor)
         embeds (`torch.Tensor`): `[batch, n, d]`.
     """
     if ids is not None:
-        return decoder.get_per_layer_inputs(ids)
+        return _looked_up(decoder, ids)
     return None if _can_go_without(decoder) else decoder.get_per_layer_inputs(None, embeds)
 
 
@@ -341,4 +341,9 @@ def _can_go_without(decoder: nn.Module) -> bool:
 
 def _of_padding(decoder: nn.Module, embeds: torch.Tensor) -> torch.Tensor:
     padding = torch.full(embeds.shape[:2], decoder.config.pad_token_id or 0, device=embeds.device)
-    return decoder.get_per_layer_inputs(padding)
+    return _looked_up(decoder, padding)
+
+
+def _looked_up(decoder: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """What layers look up by token id. Some versions of Gemma 4 must be given embeddings too, or `None`."""
+    return decoder.get_per_layer_inputs(ids) if _can_go_without(decoder) else decoder.get_per_layer_inputs(ids, None)
