@@ -15,7 +15,7 @@ from torch import nn
 from idp_peft.hosting.architectures import find_decoder, key_value_layout_of
 from idp_peft.hosting.call import internal_run
 from idp_peft.hosting.decoder_copy import evaluating, run_unmasked
-from idp_peft.hosting.sharding import is_spread
+from idp_peft.hosting.sharding import is_parted
 
 _layouts: WeakKeyDictionary = WeakKeyDictionary()  # decoder -> [`key_value_layout`]
 
@@ -40,7 +40,7 @@ def keys_and_values(model: nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
 def key_value_layout(decoder: nn.Module) -> list[tuple[int, int, int]]:
     """`(kv_heads, key_dim, value_dim)` of each layer that keeps any: what the decoder itself puts into a cache."""
     known = _layouts.get(decoder)
-    if known is None and is_spread(decoder):  # ZeRO-3 parts weights before anything gathers them
+    if known is None and is_parted(decoder):  # ZeRO-3 parts weights before anything gathers them
         known = _layouts[decoder] = key_value_layout_of(decoder.config)
     if known is None:
         table = next(module for module in decoder.modules() if isinstance(module, nn.Embedding))

@@ -63,10 +63,8 @@ class LinearScaling:
         scaling = self.of_all()
         if scaling is not None:
             has_prompt = prompt_ids >= 0
-            if not has_prompt.any():
-                scaling = None
-            elif not has_prompt.all():
-                scaling = Scaling(scaling.factors, has_prompt, tokens)
+            if not has_prompt.all():
+                scaling = Scaling(scaling.factors, has_prompt, tokens) if has_prompt.any() else None
         return scaling
 
     def note_graph(self, scaling: Scaling | None, output) -> None:
@@ -199,9 +197,14 @@ def linear_layers(decoder: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def is_conv(module: nn.Module) -> bool:
+    """Whether a layer keeps its weight as `[in, out]` (GPT-2's `Conv1D`)."""
+    return type(module).__name__ == "Conv1D"
+
+
 def output_channels(module: nn.Module) -> int | None:
     """How many output channels a linear layer has; `None` for another module."""
-    if type(module).__name__ == "Conv1D":  # GPT-2's, which keeps [in, out]
+    if is_conv(module):
         return module.nf
     channels = getattr(module, "out_features", None)
     return channels if isinstance(channels, int) and hasattr(module, "in_features") else None

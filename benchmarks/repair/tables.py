@@ -17,9 +17,14 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def repaired(cell: dict, text: str) -> float:
-    """The share of the damage that is gone: (compressed - repaired) / (compressed - dense), of mean nats."""
-    dense, compressed = (np.mean(cell["unrepaired"][role][text]) for role in ("dense", "compressed"))
-    return float((compressed - np.mean(cell["nats"][text])) / (compressed - dense))
+    """The share of the damage that is gone: (compressed - repaired) / (compressed - dense), of mean nats on a text, or on
+    `"all"` of them."""
+
+    def mean(nats: dict[str, list[float]]) -> float:
+        return np.mean(np.concatenate(list(nats.values())) if text == "all" else nats[text])
+
+    dense, compressed = (mean(cell["unrepaired"][role]) for role in ("dense", "compressed"))
+    return float((compressed - mean(cell["nats"])) / (compressed - dense))
 
 
 def best_rates(results: Path) -> dict[str, list[float | None]]:
@@ -107,7 +112,7 @@ def _tables(study: str, cells: dict) -> list[str]:
         lines += [f"Trained on {study}, damage repaired on {on}, by steps (mean over seeds; lowest to highest):", ""]
         lines += head(["contender", "parameters", *map(str, every)])
         for name, by_steps in cells.items():
-            entries = [_entry([_share(cell, text) for cell in by_steps.get(steps, [])]) for steps in every]
+            entries = [_entry([repaired(cell, text) for cell in by_steps.get(steps, [])]) for steps in every]
             parameters = next(cell["parameters"] for of_steps in by_steps.values() for cell in of_steps)
             lines.append(row([name, f"{parameters:,}", *entries]))
         lines.append("")
@@ -139,16 +144,6 @@ def _uses(cell: dict) -> list[float]:
     return [float((compressed - use).mean() / (compressed - dense).mean()) for use in uses]
 
 
-def _share(cell: dict, text: str) -> float:
-    if text != "all":
-        return repaired(cell, text)
-    dense, compressed, now = (
-        np.concatenate(list(values.values()))
-        for values in (cell["unrepaired"]["dense"], cell["unrepaired"]["compressed"], cell["nats"])
-    )
-    return float((compressed - now).mean() / (compressed - dense).mean())
-
-
 def _entry(shares: list[float]) -> str:
     if not shares:
         return ""
@@ -168,7 +163,7 @@ def _figure(study: str, cells: dict, path: Path) -> None:
     text = "all" if study == "kinds" else study
     for name, by_steps in cells.items():
         steps = sorted(by_steps)
-        shares = [100 * np.mean([_share(cell, text) for cell in by_steps[step]]) for step in steps]
+        shares = [100 * np.mean([repaired(cell, text) for cell in by_steps[step]]) for step in steps]
         axes.plot(steps, shares, marker="o", label=name, linestyle="--" if "LoRA" in name else "-")
     axes.set_xscale("log")
     every = sorted({steps for by_steps in cells.values() for steps in by_steps})

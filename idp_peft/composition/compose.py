@@ -78,9 +78,9 @@ def compose(adapters, output_dir, names=None, base_model=None, **config_fields) 
         `IDPConfig`: the new adapter's configuration.
 
     Raises:
-        `ValueError`: without adapters, for adapters with different scales, for prompts of different widths or another width than the base's, for another
-            method (LoRA, prefix tuning), task type or an encoder-decoder, for a pickled or broken file, for names that
-            are not distinct, for a base that cannot be found, and where `output_dir` is one of the adapters.
+        `ValueError`: without adapters, for adapters with different scales, for prompts of different widths or another width
+            than the base's, for another method (LoRA), task type or an encoder-decoder, for a pickled or broken file, for
+            names that are not distinct, for a base that cannot be found, and where `output_dir` is one of the adapters.
 
     Warns:
         where adapters name different bases and `base_model` does not settle it, and where a prompt is not exactly what

@@ -160,16 +160,18 @@ def check_shapes(
     _check_prompts(shapes[ours[0]], config, sizes.prompt_width, source)
     for name, expected in _beside_prompts(config, sizes).items():
         found = shapes.get(f"{place}{name}")
-        if (
-            found is None
-            or len(found) != len(expected)
-            or any(b not in (None, a) for a, b in zip(found, expected, strict=True))
-        ):
+        if not _fits(found, expected):
             raise ValueError(
                 f"{source} must hold '{place}{name}' of shape {['any' if size is None else size for size in expected]}, as its "
                 f"config says (selection={config.selection!r}, prompts={config.prompts!r}, scales={config.scales}) and its base, "
                 f"found {'none' if found is None else list(found)}"
             )
+
+
+def _fits(found: tuple[int, ...] | None, expected: tuple[int | None, ...]) -> bool:
+    if found is None or len(found) != len(expected):
+        return False
+    return all(wanted in (None, size) for size, wanted in zip(found, expected, strict=True))
 
 
 def _beside_prompts(config, sizes: BankSizes) -> dict[str, tuple[int | None, ...]]:

@@ -30,9 +30,12 @@ def gathers(module: nn.Module) -> bool:
 
 def is_spread(model: nn.Module) -> bool:
     """Whether a model's weights are sharded, by FSDP2 or ZeRO-3."""
-    return any(gathers(module) for module in model.modules()) or any(
-        weight.shape != whole_shape(weight) for weight in model.parameters()
-    )
+    return any(gathers(module) for module in model.modules()) or is_parted(model)
+
+
+def is_parted(model: nn.Module) -> bool:
+    """Whether this process holds a part of each weight, which nothing but ZeRO-3's own hooks gathers."""
+    return any(weight.shape != whole_shape(weight) for weight in model.parameters())
 
 
 def unwrapped(layer: nn.Module) -> nn.Module:

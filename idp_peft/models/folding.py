@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from idp_peft.layer import active_layer
-from idp_peft.scales import linear_layers, output_channels
+from idp_peft.scales import is_conv, linear_layers, output_channels
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -36,6 +36,21 @@ class Rows:
         factors = self.spread(factors.to(self.tensor.device))
         wide = torch.float64 if self.tensor.dtype == torch.float64 else torch.float32
         return (self.tensor.to(wide) * factors).to(self.tensor.dtype)
+
+    def write(self, factors: torch.Tensor) -> None:
+        """Put the product in the tensor's place."""
+        self.tensor.copy_(self.scaled(factors))
+
+
+@dataclass(frozen=True)
+class _NestedRows(Rows):
+    """Scales that bitsandbytes quantised themselves: `tensor` is what they stand for, and takes their place once it is scaled."""
+
+    state: object
+
+    def write(self, factors: torch.Tensor) -> None:
+        self.state.absmax = self.scaled(factors)
+        self.state.nested, self.state.state2, self.state.offset = False, None, None
 
 
 @torch.no_grad()
@@ -73,7 +88,7 @@ def fold_scales(model) -> None:
     todo = [rows_of(module, f"layer {place!r}") for place, module in layers.items()]
     for found, factors in zip(todo, bank.factors().split(bank.channels), strict=True):
         for rows in found:
-            rows.tensor.copy_(rows.scaled(factors))
+            rows.write(factors)
     layer.drop_scales(name)
 
 
@@ -104,12 +119,7 @@ def rows_of(module: nn.Module, place: str) -> list[Rows]:
     names = row_dimensions(
         {name: (t.dtype, tuple(t.shape)) for name, t in own.items()}, channels, place, is_conv(module)
     )
-    return [Rows(own[name].data, _along(dim, own[name].ndim)) for name, dim in names.items()]
-
-
-def is_conv(module: nn.Module) -> bool:
-    """Whether a layer keeps its weight as `[in, out]` (GPT-2's `Conv1D`)."""
-    return type(module).__name__ == "Conv1D"
+    return [Rows(own[name].data, along(dim, own[name].ndim)) for name, dim in names.items()]
 
 
 def row_dimensions(
@@ -131,9 +141,7 @@ def row_dimensions(
         found["scales"] = -1
     elif "weight_scale" in tensors:  # compressed-tensors, fp8: [out, groups]
         found["weight_scale"] = 0
-        if (
-            tensors.get("weight", (None,))[0] in _FLOATS
-        ):  # not packed (yet): the integers are what both make of each other
+        if tensors.get("weight", (None,))[0] in _FLOATS:  # not packed yet: the integers are their quotient
             found["weight"] = 0
     elif "weight_scale_inv" in tensors:
         raise ValueError(f"{place} has scales of blocks that cross rows: a factor per row cannot be written into them")
@@ -158,7 +166,8 @@ def row_dimensions(
     return found
 
 
-def _along(dim: int, ndim: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def along(dim: int, ndim: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Factors `[channels]` in a shape that goes with dimension `dim` of a tensor of `ndim` dimensions."""
     shape = [1] * ndim
     shape[dim] = -1
     return lambda factors: factors.view(shape)
@@ -168,10 +177,8 @@ def _bitsandbytes(module: nn.Module, channels: int, place: str) -> list[Rows]:
     weight = module.weight
     state = getattr(weight, "quant_state", None)
     if state is None:
-        held = [
-            getattr(weight, "SCB", None),
-            getattr(getattr(module, "state", None), "SCB", None),
-        ]  # moves at the first call
+        # It moves from one to the other at the first call.
+        held = [getattr(weight, "SCB", None), getattr(getattr(module, "state", None), "SCB", None)]
         rows = {id(one): Rows(one, lambda factors: factors) for one in held if one is not None}
         if not rows:
             raise ValueError(f"{place} is not quantised yet: move the model to its device first")
@@ -179,12 +186,16 @@ def _bitsandbytes(module: nn.Module, channels: int, place: str) -> list[Rows]:
     columns, size = state.shape[-1], state.blocksize
     if columns % size:
         raise ValueError(f"{place} has blocks of {size} weights, rows of {columns}: some blocks cross rows")
+
+    def by_block(factors: torch.Tensor) -> torch.Tensor:
+        return factors.repeat_interleave(columns // size)
+
     if getattr(state, "nested", False):
         from bitsandbytes.functional import dequantize_blockwise
 
-        state.absmax = (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
-        state.nested, state.state2, state.offset = False, None, None
-    return [Rows(state.absmax, lambda factors: factors.repeat_interleave(columns // size))]
+        absmax = (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
+        return [_NestedRows(absmax, by_block, state)]
+    return [Rows(state.absmax, by_block)]
 
 
 def _hqq(module: nn.Module, channels: int, place: str) -> list[Rows]:
@@ -215,4 +226,4 @@ def _subclass(weight: torch.Tensor, channels: int, place: str) -> list[Rows]:
         raise ValueError(
             f"{place} is a {kind} with blocks of {list(size)}, which cross rows, or scales of type {scale.dtype}"
         )
-    return [Rows(scale, _along(0, scale.ndim))]
+    return [Rows(scale, along(0, scale.ndim))]

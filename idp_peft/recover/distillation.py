@@ -36,11 +36,9 @@ class DistillationTrainer(RepairTrainer):
     """
 
     def __init__(self, *args, teacher: nn.Module | StoredTeacher, weight: float, temperature: float, **kwargs) -> None:
-        check_distillation(weight, temperature)
-        super().__init__(*args, **kwargs)
         is_stored = isinstance(teacher, StoredTeacher)
-        if is_stored and temperature != 1:
-            raise ValueError(f"`temperature` must be 1 with a teacher from files, got {temperature}")
+        check_distillation(weight, temperature, is_stored)
+        super().__init__(*args, **kwargs)
         self.teacher = teacher if is_stored else teacher.eval().requires_grad_(False).to(self.args.device)
         self.weight, self.temperature = weight, temperature
         # The loss below divides by the labelled tokens of the whole optimiser step, when Trainer counts them.
@@ -97,12 +95,17 @@ def forward_kl(logits: torch.Tensor, target: torch.Tensor, temperature: float = 
     return nn.functional.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
 
 
-def check_distillation(weight: float, temperature: float) -> None:
+def check_distillation(weight: float, temperature: float, is_stored: bool = False) -> None:
     """
+    Args:
+        is_stored (`bool`, defaults to `False`): whether the teacher is read from files.
+
     Raises:
-        `ValueError`: for a weight outside (0, 1], or a temperature that is not above 0.
+        `ValueError`: for a weight outside (0, 1], or a temperature that is not above 0, or not 1 with a teacher from files.
     """
     if not 0 < weight <= 1:
         raise ValueError(f"`distillation_weight` must be above 0 and at most 1, got {weight}")
     if not temperature > 0:
         raise ValueError(f"`temperature` must be above 0, got {temperature}")
+    if is_stored and temperature != 1:
+        raise ValueError(f"`temperature` must be 1 with a teacher from files, got {temperature}")

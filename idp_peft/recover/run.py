@@ -88,13 +88,15 @@ def _run(settings, arguments: TrainingArguments) -> Path:
         return folder.adapter
     tokenizer = load_tokenizer(settings.model)
     tokens = set(tokenizer.get_vocab().values())
-    stored = StoredTeacher(settings.teacher) if settings.teacher is not None and is_taught(settings.teacher) else None
-    if settings.teacher is not None and stored is None:
-        tokens &= _check_same_tokens(tokenizer, load_tokenizer(settings.teacher))
+    dense, stored = settings.teacher, None
+    if dense is not None and is_taught(dense):
+        dense, stored = None, StoredTeacher(dense)
+    if dense is not None:
+        tokens &= _check_same_tokens(tokenizer, load_tokenizer(dense))
     train, held = ([], []) if settings.dataset == "self" else _blocks(settings, arguments, tokenizer)
 
     model = load_model(settings.model, for_training=True)
-    teacher = load_model(settings.teacher) if settings.teacher is not None and stored is None else None
+    teacher = load_model(dense) if dense is not None else None
     if stored is not None:
         stored.check([block.ids for block in (*train, *held)], tokenizer)
     tokens.intersection_update(

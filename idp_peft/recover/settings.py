@@ -87,13 +87,11 @@ class RecoverSettings:
             raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {self.method!r}")
         if self.dataset == "self" and self.teacher is None:
             raise ValueError("`dataset` 'self' needs `teacher`: the model that the text is sampled from")
-        if self.teacher is not None and is_taught(self.teacher):
-            if self.dataset == "self":
-                raise ValueError(
-                    "`dataset` 'self' needs a `teacher` that can write, and this folder holds what one predicts"
-                )
-            if self.temperature != 1:
-                raise ValueError(f"`temperature` must be 1 with a teacher from files, got {self.temperature}")
+        is_stored = self.teacher is not None and is_taught(self.teacher)
+        if is_stored and self.dataset == "self":
+            raise ValueError(
+                "`dataset` 'self' needs a `teacher` that can write, and this folder holds what one predicts"
+            )
         if self.dataset == "self" and self.assistant_only_loss:
             raise ValueError("`assistant_only_loss` needs chats, and `dataset` 'self' is text: leave it out")
         if self.kind_column is not None and (self.dataset == "self" or self.method != "idp"):
@@ -109,4 +107,4 @@ class RecoverSettings:
             )
         if not 0 < self.eval_share < 1:
             raise ValueError(f"`eval_share` must be between 0 and 1, got {self.eval_share}")
-        check_distillation(self.distillation_weight, self.temperature)
+        check_distillation(self.distillation_weight, self.temperature, is_stored)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from idp_peft.files.folder_lock import alone_in
-from idp_peft.files.inside_folder import inside, plain_name
+from idp_peft.files.inside_folder import inside
 from idp_peft.files.whole_file import write_whole
 from idp_peft.texts.tokens import padded_batch
 
@@ -88,7 +88,7 @@ def teach(
             for number in range(record["shards"]):
                 part = blocks[number * _PER_SHARD : (number + 1) * _PER_SHARD]
                 path = folder / shard_name(number)
-                if not _is_whole(path):
+                if not path.is_file():  # it appears whole
                     _write(path, _predictions(teacher, part, record["top_k"], batch_size))
                 bar.update(len(part))
     return folder
@@ -122,11 +122,6 @@ def _check_same(folder: Path, record: dict) -> None:
             )
     elif any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise ValueError(f"`output_dir` {str(folder)!r} must be new, empty or a folder to go on with")
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a shard is there (it appears whole)."""
-    return path.is_file()
 
 
 @torch.no_grad()
@@ -180,7 +175,7 @@ class StoredTeacher:
         self._open: dict[int, object] = {}
 
     def _path(self, number: int) -> Path:
-        path = inside(self.folder, plain_name(shard_name(number), "a shard"))
+        path = inside(self.folder, shard_name(number))
         if not path.is_file():
             raise ValueError(
                 f"`teacher` {str(self.folder)!r} is not complete: run `idp-peft teach` again, which goes on"

@@ -1,4 +1,4 @@
-"""Trainer with a learning rate of its own for an adapter's scales, which are no vectors of the model's size."""
+"""Trainer with two learning rates: scales, which start at 1, want smaller steps than prompts."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ class RepairTrainer(Trainer):
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """Trainer's own optimiser, with the scales in a group of their own."""
-        is_new = self.optimizer is None
+        if self.optimizer is not None or self.scales_learning_rate is None:
+            return super().create_optimizer(*args, **kwargs)
         optimizer = super().create_optimizer(*args, **kwargs)
         model = args[0] if args else kwargs.get("model") or self.model
         scales = {id(parameter) for name, parameter in model.named_parameters() if name.endswith(_SCALES)}
-        if is_new and scales and self.scales_learning_rate is not None:
-            for group in list(optimizer.param_groups):
-                own = [parameter for parameter in group["params"] if id(parameter) in scales]
-                if own:
-                    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in scales]
-                    rest = {name: value for name, value in group.items() if name != "params"}
-                    optimizer.add_param_group({**rest, "params": own, "lr": self.scales_learning_rate})
+        for group in list(optimizer.param_groups):
+            own = [parameter for parameter in group["params"] if id(parameter) in scales]
+            if own:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in scales]
+                optimizer.add_param_group({**group, "params": own, "lr": self.scales_learning_rate})
         return optimizer

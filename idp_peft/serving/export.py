@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,25 +91,20 @@ def export_to_vocab(
         `ValueError`: where the adapter or the base cannot be exported: the text says why.
         `FileNotFoundError`: where the base is not there.
     """
-    from idp_peft.models.loading import find_model, unpacked
+    with _read(adapter, output_dir, base) as (source, folder):
+        _export_vocabulary(str(adapter), source, folder, Path(output_dir), keep_tied, fold_scales)
+    return Path(output_dir)
 
-    check_free(Path(output_dir).expanduser().absolute())
-    source = read_prompts(str(adapter))
-    name = base if base is not None else source.base_name
-    if not name:
-        raise ValueError(f"`adapter` {str(adapter)!r} does not say what its base is: pass `base`")
-    if find_model(name)[1] is not None:
-        with unpacked(name, Path(output_dir).expanduser().absolute().parent) as dense:
-            return export_to_vocab(adapter, output_dir, dense, keep_tied=keep_tied, fold_scales=fold_scales)
-    folder = _folder_of(str(name), source.config.revision if base is None else None)
-    for place in (place for place in (folder, Path(adapter)) if place.is_dir()):
-        files_inside(place, _MODEL)  # refuses links that lead out of it
+
+def _export_vocabulary(
+    adapter: str, source: PromptSource, folder: Path, output_dir: Path, keep_tied: bool, fold_scales: bool
+) -> None:
     model = skeleton(str(folder))
     files = weight_files(folder)
     _check(model, source, folder)
     check_scales(source, fold_scales)
     tables = _find_tables(model, files, keep_tied or model.config.model_type in _ALWAYS_TIED)
-    tokenizer = _tokenizer(str(adapter), folder)
+    tokenizer = _tokenizer(adapter, folder)
     vocabulary = _vocabulary(source, files.tensor(tables.embeddings).shape[0], tokenizer)
     vocabulary.add_to(tokenizer)
     prompts = [vocabulary.tokens(prompt) for prompt in range(len(vocabulary.lengths))]
@@ -123,8 +120,7 @@ def export_to_vocab(
         _write_generation_config(model, folder, target, vocabulary)
         tokenizer.save_pretrained(target)
         (target / FILE).write_text(describe(vocabulary, tables.head is None), encoding="utf-8")
-        write_adapter(str(adapter), target / ADAPTER, folded=fold_scales)
-    return Path(output_dir)
+        write_adapter(adapter, target / ADAPTER, folded=fold_scales)
 
 
 def export_folded(adapter: str | Path, output_dir: str | Path, base: str | Path | None = None) -> Path:
@@ -144,28 +140,38 @@ def export_folded(adapter: str | Path, output_dir: str | Path, base: str | Path 
         `ValueError`: where the adapter has no scales, or the base's format cannot take them: the text says why.
         `FileNotFoundError`: where the base is not there.
     """
+    with _read(adapter, output_dir, base) as (source, folder):
+        check_scales(source, fold_scales=True)
+        files = weight_files(folder)
+        tensors = folded(skeleton(str(folder)), files, source)
+        with whole_folder(output_dir) as target:
+            copy_model(files, target, tensors, next(iter(files.places)))
+            for path in files_inside(folder, _MODEL):
+                if path.suffix != ".safetensors" and path.name != INDEX:
+                    shutil.copyfile(path, target / path.name)
+            new_base = str(Path(output_dir).expanduser().absolute())
+            write_adapter(str(adapter), target / ADAPTER, folded=True, base=new_base)
+    return Path(output_dir)
+
+
+@contextmanager
+def _read(adapter: str | Path, output_dir: str | Path, base: str | Path | None) -> Iterator[tuple[PromptSource, Path]]:
+    """An adapter's prompts and its base's folder (of a GGUF file, a dense copy within the block), once the output is known to be
+    free. Links that lead out of a folder are refused."""
     from idp_peft.models.loading import find_model, unpacked
 
-    check_free(Path(output_dir).expanduser().absolute())
+    target = Path(output_dir).expanduser().absolute()
+    check_free(target)
     source = read_prompts(str(adapter))
     name = base if base is not None else source.base_name
     if not name:
         raise ValueError(f"`adapter` {str(adapter)!r} does not say what its base is: pass `base`")
-    if find_model(name)[1] is not None:
-        with unpacked(name, Path(output_dir).expanduser().absolute().parent) as dense:
-            return export_folded(adapter, output_dir, dense)
-    folder = _folder_of(str(name), source.config.revision if base is None else None)
-    beside = [path for path in files_inside(folder, _MODEL) if path.suffix != ".safetensors"]
-    model, files = skeleton(str(folder)), weight_files(folder)
-    check_scales(source, fold_scales=True)
-    tensors = folded(model, files, source)
-    with whole_folder(output_dir) as target:
-        copy_model(files, target, tensors, next(iter(files.places)))
-        for path in beside:
-            if path.name != INDEX:
-                shutil.copyfile(path, target / path.name)
-        write_adapter(str(adapter), target / ADAPTER, folded=True, base=str(Path(output_dir).expanduser().absolute()))
-    return Path(output_dir)
+    is_file = find_model(name)[1] is not None
+    with unpacked(name, target.parent) if is_file else nullcontext(str(name)) as place:
+        folder = _folder_of(place, source.config.revision if base is None and not is_file else None)
+        for one in (one for one in (folder, Path(adapter)) if one.is_dir()):
+            files_inside(one, _MODEL)
+        yield source, folder
 
 
 def _folder_of(name: str, revision: str | None) -> Path:

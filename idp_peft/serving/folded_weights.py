@@ -13,8 +13,8 @@ from torch import nn
 from idp_peft.composition.prompt_sources import PromptSource
 from idp_peft.hosting.architectures import find_decoder
 from idp_peft.hosting.checkpoint import SCALES_END, find_file
-from idp_peft.models.folding import Rows, is_conv, row_dimensions
-from idp_peft.scales import linear_layers, output_channels
+from idp_peft.models.folding import Rows, along, row_dimensions
+from idp_peft.scales import is_conv, linear_layers, output_channels
 from idp_peft.serving.tensor_files import DTYPES, StoredTensor, WeightFiles, read_header, write_tensors
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -41,14 +41,13 @@ def folded(model: nn.Module, files: WeightFiles, source: PromptSource) -> dict[s
         found = row_dimensions(types, len(factors), f"layer {where[module]!r}", is_conv(module))
         for name, dim in found.items():
             key, tensor = own[name]
-            shape = [1] * len(tensor.shape)
-            shape[dim] = -1
-            changed[key] = tensor.made_by(partial(_times, files, key, factors.view(shape)))
+            changed[key] = tensor.made_by(partial(_times, files, key, factors, dim))
     return changed
 
 
-def _times(files: WeightFiles, name: str, factors: torch.Tensor) -> torch.Tensor:
-    return Rows(files.read(name), lambda given: given).scaled(factors)
+def _times(files: WeightFiles, name: str, factors: torch.Tensor, dim: int) -> torch.Tensor:
+    tensor = files.read(name)
+    return Rows(tensor, along(dim, tensor.ndim)).scaled(factors)
 
 
 def _type(name: str) -> torch.dtype:
