@@ -21,6 +21,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("model", help="compressed model")
     parser.add_argument("--teacher", default="default", help="dense model")
     parser.add_argument("--kinds", nargs="+", default=["articles", "programs", "stories", "languages"])
+    parser.add_argument("--prompts", default="tokens", choices=["tokens", "key_values"])
     parser.add_argument("--tokens", type=int, default=32, help="tokens of each prompt")
     parser.add_argument("--steps", type=int, default=60, help="training steps per kind, of 4 blocks of 256 tokens")
     parser.add_argument("--blocks", type=int, default=40, help="held-out blocks per kind")
@@ -48,6 +49,7 @@ def main() -> None:
 
 def train(options: argparse.Namespace) -> dict[str, Path]:
     """The adapters that are compared: name to folder."""
+    from benchmarks.demo.__main__ import has_bfloat16_units
     from idp_peft.composition import compose
     from idp_peft.recover import recover
 
@@ -57,6 +59,8 @@ def train(options: argparse.Namespace) -> dict[str, Path]:
         "context_tokens": options.context_tokens,
         "max_steps": options.steps,
         "scales": False,
+        "bf16": has_bfloat16_units(),
+        "prompts": options.prompts,
     }
     one = {"num_prompts": 1, "num_virtual_tokens": options.tokens, "selection": "centroid"}
     alone = [
@@ -130,7 +134,8 @@ def measure(options: argparse.Namespace, made: dict[str, Path]) -> dict:
         "kinds": options.kinds,
         "block_kinds": kinds,
         "settings": {
-            name: getattr(options, name) for name in ("teacher", "tokens", "steps", "blocks", "context_tokens")
+            name: getattr(options, name)
+            for name in ("teacher", "prompts", "tokens", "steps", "blocks", "context_tokens")
         },
         "model": Path(options.model).name,
         "environment": environment(),
