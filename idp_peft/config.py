@@ -81,7 +81,7 @@ class IDPConfig(PeftConfig):
             every claim about selection must beat. `"fixed"`: always `fixed_prompt`.
         learn_centroids (`bool`, defaults to `True`):
             Whether `selection="centroid"` learns its centroids while training, from the contexts that train each prompt.
-            [`fit_centroids`] sets them beforehand, and turns this off.
+            [`fit_centroids`] sets them beforehand, and turns this off. A single prompt learns one too, for [`compose`].
         selection_layer (`int`, defaults to `0`):
             The decoder layer whose attention decides, from `-L` to `L-1` for L layers; negative counts from the end.
             At layer 0 the choice is exact and costs a fraction of one layer, because the input's queries there do not
@@ -179,10 +179,7 @@ class IDPConfig(PeftConfig):
         if self.fixed_prompt >= self.num_prompts:
             raise ValueError(f"`fixed_prompt` must be below num_prompts={self.num_prompts}, got {self.fixed_prompt}")
         if self.fixed_prompt and self.selection != "fixed":
-            raise ValueError(
-                f"`fixed_prompt` needs selection='fixed', got fixed_prompt={self.fixed_prompt} with "
-                f"selection={self.selection!r}"
-            )
+            raise ValueError(f"`fixed_prompt` {self.fixed_prompt} needs selection='fixed', got {self.selection!r}")
         if self.selection == "centroid" and self.learn_centroids and self.assignment != "selected":
             raise ValueError(
                 f"`assignment` must be 'selected' where centroids are learned, got {self.assignment!r}, which trains every prompt "
@@ -266,6 +263,11 @@ class IDPConfig(PeftConfig):
     def chooses(self) -> bool:
         """Whether inputs choose: whether there is more than one prompt, and `selection` is not `"fixed"`."""
         return self.num_prompts > 1 and self.selection != "fixed"
+
+    @property
+    def keeps_centroids(self) -> bool:
+        """Whether the adapter says what inputs its prompts are for. A single prompt does too, so that it can be composed."""
+        return self.selection == "centroid" or self.num_prompts == 1
 
     def prompt_id(self, name: str | None) -> int:
         """The number of the prompt of this name, for `prompt_ids` that must be a tensor; -1 (no prompt) for `None`.

@@ -78,7 +78,7 @@ class IDPLayer(nn.Module, BaseTunerLayer):
         bank = PromptBank(
             config.prompt_lengths,
             sizes.prompt_width,
-            context_width=sizes.width if config.selection == "centroid" else None,
+            context_width=sizes.width if config.keeps_centroids else None,
             frozen_tokens=config.frozen_tokens,
             holds_keys=holds_keys,
             channels=self.scaling.hook() if config.scales else None,
@@ -194,9 +194,8 @@ class IDPLayer(nn.Module, BaseTunerLayer):
     @property
     def learns_centroids(self) -> bool:
         """Whether a training forward of the calling thread teaches the active bank what inputs its prompts are for."""
-        bank = self.active_bank
-        learns = bank.clusters is not None and self.active_config.learn_centroids
-        return learns and torch.is_grad_enabled() and bank.weight.requires_grad
+        bank, learns = self.active_bank, self.active_config.learn_centroids
+        return bank.clusters is not None and learns and torch.is_grad_enabled() and bank.weight.requires_grad
 
     def prompt_cache_with_graph(self, prompts: torch.Tensor, rotary_length: int | None = None) -> PromptCache:
         """The keys and values of some prompts for one training step: gradients flow through them.

@@ -25,8 +25,8 @@ class PromptBank(nn.Embedding):
         lengths (`list[int]`): k_i, the length of each prompt in tokens.
         embedding_dim (`int`): numbers per token: d, the width of the base model's input embeddings, or P.
         device (`torch.device`, *optional*): where the weight lives.
-        context_width (`int`, *optional*): the width of the base's input embeddings, where the bank is to say what inputs each
-            prompt is for (`selection="centroid"`): `clusters` is `None` otherwise.
+        context_width (`int`, *optional*): the width of the base's input embeddings, where `clusters` is to say what inputs each
+            prompt is for.
         frozen_tokens (`int`, defaults to 0): how many tokens at the front of each prompt are not trained.
         holds_keys (`bool`, defaults to `False`): whether these are key/value prompts.
         channels (`list[int]`, *optional*): the output channels of the decoder's linear layers, where the bank scales them. The

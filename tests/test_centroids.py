@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import idp_peft
@@ -371,10 +372,11 @@ def test_a_file_without_centroids_is_refused_and_changes_nothing(prompted, make,
     assert set(base.state_dict()) == before
 
 
+@pytest.mark.parametrize("selection", ["centroid", "attention"])
 @torch.no_grad()
-def test_prompts_that_were_trained_apart_are_chosen_by_kind_once_composed(make, tmp_path):
+def test_prompts_that_were_trained_apart_are_chosen_by_kind_once_composed(make, tmp_path, selection):
     for kind in range(3):
-        model = make("llama", num_prompts=1, selection="centroid", seed=0)
+        model = make("llama", num_prompts=1, selection=selection, seed=0)
         bank_of(model).weight.normal_(generator=torch.Generator().manual_seed(kind))
         with torch.enable_grad():
             step(model.train(), [{"input_ids": row, "labels": row} for row in of_kind(kind, 9, 12).tolist()])
@@ -392,6 +394,46 @@ def test_prompts_that_were_trained_apart_are_chosen_by_kind_once_composed(make, 
             [str(tmp_path / "kind0"), str(tmp_path / "none")], tmp_path / "b", base_model=base, selection="centroid"
         )
     assert not (tmp_path / "b").exists()
+    pair = [str(tmp_path / "bank"), str(tmp_path / "none")]
+    assert compose(pair, tmp_path / "b", base_model=base, selection="attention").selection == "attention"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "composed"),
+    [
+        (
+            {},
+            {},
+            {"selection": "attention"},
+        ),  # a bank of two that chose by attention does not say what its prompts are for
+        ({}, {"selection": "centroid"}, {"selection": "centroid", "learn_centroids": True}),
+        ({"assignment": "uniform"}, None, {"selection": "centroid", "learn_centroids": False, "assignment": "uniform"}),
+    ],
+)
+def test_a_composed_bank_chooses_by_centroids_where_all_have_them(make, tmp_path, one, other, composed):
+    for name, prompts, fields in (("one", 1, one), ("other", 2, other)):
+        if fields is not None:
+            model = make("llama", num_prompts=prompts, **fields).train()
+            step(model, [{"input_ids": row, "labels": row} for kind in (0, 1) for row in of_kind(kind, 4, 12).tolist()])
+            model.save_pretrained(tmp_path / name)
+    sources = [str(path) for path in sorted(tmp_path.iterdir())]
+    config = compose(sources, tmp_path / "bank", base_model=tiny("llama"))
+    assert {name: getattr(config, name) for name in composed} == composed
+
+
+@pytest.mark.parametrize("missing", ["", "centroids", "contexts", "centroids contexts"])
+def test_a_file_of_one_prompt_may_be_of_a_time_when_it_did_not_say_what_it_is_for(make, tmp_path, missing):
+    make("llama", num_prompts=1).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.endswith(tuple(missing.split()))}
+    assert len(tensors) == 3 - len(missing.split())
+    save_file(tensors, path, metadata={"format": "pt"})
+    if len(missing.split()) == 1:
+        with pytest.raises(ValueError, match=f"must hold .*{missing}"):
+            PeftModel.from_pretrained(tiny("llama"), tmp_path)
+    else:
+        model = PeftModel.from_pretrained(tiny("llama"), tmp_path)
+        assert not bank_of(model).clusters.known
 
 
 @torch.no_grad()

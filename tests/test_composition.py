@@ -77,7 +77,8 @@ def logits(model, ids, **call):
 
 
 def tokens_in(folder) -> torch.Tensor:
-    return next(iter(load_file(Path(folder) / "adapter_model.safetensors").values()))
+    tensors = load_file(Path(folder) / "adapter_model.safetensors")
+    return next(tensor for name, tensor in tensors.items() if name.endswith(("weight", "prompt_embeddings")))
 
 
 # ---------------------------------------------------------------------- compose

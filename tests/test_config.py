@@ -37,7 +37,7 @@ INVALID = [
     ({"selection_reduction": "max"}, r"`selection_reduction` must be one of 'mean', 'sum', got 'max'"),
     ({"selection_seed": -1}, r"`selection_seed` must be an int of at least 0 and at most 9223372036854775807, got -1"),
     ({"selection": "fixed", "fixed_prompt": 4}, r"`fixed_prompt` must be below num_prompts=4, got 4"),
-    ({"fixed_prompt": 1}, r"`fixed_prompt` needs selection='fixed', got fixed_prompt=1 with selection='attention'"),
+    ({"fixed_prompt": 1}, "`fixed_prompt` 1 needs selection='fixed', got 'attention'"),
     ({"assignment": "some"}, r"`assignment` must be one of 'uniform', 'selected', 'all', got 'some'"),
     ({"init": "zeros"}, r"`init` must be one of 'vocab', 'random', 'text', got 'zeros'"),
     ({"init": "text"}, r"`init_text` must be a list of one text per prompt \(num_prompts=4\), got None"),

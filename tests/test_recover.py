@@ -378,6 +378,16 @@ def test_centroids_are_fitted_before_training_and_every_prompt_starts_at_its_own
     assert torch.equal(weights(again)[CENTROIDS], weights(fitted)[CENTROIDS]), "and they stay where they are"
 
 
+def test_a_single_prompt_says_what_text_it_was_trained_on(here):
+    adapter = run(num_prompts=1, max_steps=3)
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter)
+    found = blocks(AutoTokenizer.from_pretrained("model"), load_texts("text.jsonl"), 16, 4)
+    means = context_means(model.get_input_embeddings(), read_examples(training_examples(found, 4)))
+    bank = model.base_model.layer.active_bank
+    assert bank.contexts.tolist() == [len(found)]
+    assert torch.allclose(bank.centroids, means.mean(0, keepdim=True), atol=1e-6)
+
+
 @pytest.mark.parametrize("teacher", [None, "teacher"])
 @pytest.mark.parametrize("selection", ["attention", "centroid"])
 def test_key_value_prompts_start_at_what_the_teacher_makes_of_training_text(here, teacher, selection):

@@ -66,8 +66,9 @@ def compose(adapters, output_dir, names=None, base_model=None, **config_fields) 
         config_fields: further fields of [`IDPConfig`], such as `selection_layer`. By default those on which all banks among
             the adapters agree, else `IDPConfig`'s own.
 
-    Banks that choose by centroids (`selection="centroid"`) keep what they learned of their inputs: prompts that were trained
-    apart, each on its own kind of text, are then chosen by kind, with no further training.
+    Adapters with one prompt, and banks that choose by centroids, say what inputs their prompts are for. Prompts that were
+    trained apart, each on its own kind of text, are therefore chosen by kind, with no further training: the new bank has
+    `selection="centroid"` where all adapters say so.
 
     Where one prompt is not exactly what it was: with learned positions (GPT-2, OPT), and rotary frequencies that follow
     the length, every input starts at position K, that of the bank's longest prompt, as the definition of the method has
@@ -282,6 +283,10 @@ def _agreed(sources: list[PromptSource]) -> dict:
         values = [getattr(config, name) for config in (banks if name != "revision" else [s.config for s in sources])]
         if values and all(value == values[0] for value in values) and values[0] != "fixed":
             agreed[name] = values[0]
+    if all(source.says_what_for for source in sources):
+        agreed["selection"] = "centroid"
+        if agreed.get("assignment", "selected") != "selected":
+            agreed["learn_centroids"] = False
     return agreed
 
 

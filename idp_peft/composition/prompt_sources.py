@@ -66,6 +66,11 @@ class PromptSource:
         return method in _KEYS or getattr(self.config, "prompts", "tokens") == "key_values"
 
     @property
+    def says_what_for(self) -> bool:
+        """Whether the adapter says what inputs each of these prompts is for."""
+        return self.centroids is not None and bool((self.contexts > 0).all())
+
+    @property
     def base_name(self) -> str | None:
         """The base that the adapter names, or the one it is loaded on; `None` where neither has a name."""
         return self.config.base_model_name_or_path or getattr(self.model, "name_or_path", None) or None
@@ -79,19 +84,22 @@ def fill(bank, sources: list[PromptSource]) -> None:
         bank (`PromptBank`): the bank.
 
     Raises:
-        `ValueError`: where the bank chooses by centroids, and a source has none.
+        `ValueError`: where a bank of several prompts chooses by centroids, and a source has none.
     """
     bank.start(torch.cat([prompt for source in sources for prompt in source.prompts]).to(bank.weight.device))
     if bank.scales is not None:
         bank.scales.copy_(sources[0].scales)
     if bank.clusters is None:
         return
-    for source in sources:
-        if source.centroids is None:
-            raise ValueError(
-                f"selection='centroid' needs adapters that say what inputs their prompts are for, and {source.label} does not: "
-                "train it with selection='centroid' (one prompt is enough), or call `idp_peft.fit_centroids` on the composed model"
-            )
+    unknown = [source.label for source in sources if not source.says_what_for]
+    if unknown and bank.num_prompts == 1:
+        return
+    if unknown:
+        raise ValueError(
+            f"selection='centroid' needs adapters that say what inputs their prompts are for, and {', '.join(unknown)} does not: "
+            "train it anew (an adapter with one prompt, or with selection='centroid', learns that), or compose with another "
+            "`selection`"
+        )
     bank.centroids.copy_(torch.cat([source.centroids for source in sources]))
     bank.contexts.copy_(torch.cat([source.contexts for source in sources]))
 

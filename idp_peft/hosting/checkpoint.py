@@ -18,6 +18,7 @@ from idp_peft.hosting.introspection import adapter_of_auto_class
 _KEY_END = "idp.idp_prompts.weight"
 _BANK = "idp.idp_prompts."
 SCALES_END = f"{_BANK}scales"
+_CENTROIDS = "centroids", "contexts"  # a bank's names for what its prompts are for
 
 
 class BankSizes(NamedTuple):
@@ -147,7 +148,11 @@ def check_shapes(
     if not ours:
         raise ValueError(f"{source} has no prompts: expected a tensor named '...{_KEY_END}', found {sorted(shapes)}")
     place = ours[0].removesuffix("weight")
-    others = sorted(set(shapes) - set(ours[:1]) - {f"{place}{name}" for name in _beside_prompts(config, sizes)})
+    beside = _beside_prompts(config, sizes)
+    if config.selection != "centroid" and not {f"{place}{name}" for name in _CENTROIDS} & set(shapes):
+        for name in _CENTROIDS:  # an older file of a single prompt does not say what it is for
+            beside.pop(name, None)
+    others = sorted(set(shapes) - set(ours[:1]) - {f"{place}{name}" for name in beside})
     embeddings = {key: shape for key in others if (shape := _embedding_shape(key, model)) is not None}
     if extra := [key for key in others if key not in embeddings or len(shapes[key]) != 2]:
         raise ValueError(f"{source} has unexpected tensors {extra}: an IDP adapter holds its prompts and nothing else")
@@ -158,7 +163,7 @@ def check_shapes(
                 f"`resize_token_embeddings({shapes[key][0]})` on the model first"
             )
     _check_prompts(shapes[ours[0]], config, sizes.prompt_width, source)
-    for name, expected in _beside_prompts(config, sizes).items():
+    for name, expected in beside.items():
         found = shapes.get(f"{place}{name}")
         if not _fits(found, expected):
             raise ValueError(
@@ -177,8 +182,8 @@ def _fits(found: tuple[int, ...] | None, expected: tuple[int | None, ...]) -> bo
 def _beside_prompts(config, sizes: BankSizes) -> dict[str, tuple[int | None, ...]]:
     """What an adapter holds beside the prompts that it trains: name in the bank to shape, `None` for a size not known."""
     beside = {}
-    if config.selection == "centroid":
-        beside |= {"centroids": (config.num_prompts, sizes.width), "contexts": (config.num_prompts,)}
+    if config.keeps_centroids:
+        beside |= dict(zip(_CENTROIDS, [(config.num_prompts, sizes.width), (config.num_prompts,)], strict=True))
     if config.frozen_tokens:
         beside["frozen"] = (config.num_prompts * config.frozen_tokens, sizes.prompt_width)
     if config.scales:

@@ -42,7 +42,7 @@ def with_adapter(
     kinds, starts = kinds_of(blocks), starting_texts(blocks)
     count = len(kinds) or settings.num_prompts
     clusters = None
-    if settings.method == "idp" and settings.selection == "centroid":
+    if settings.method == "idp" and (settings.selection == "centroid" or count == 1):
         clusters = _clusters(model, blocks, kinds, count, settings)
     chosen = _starts_of_kinds(blocks, kinds, clusters)
     in_words = from_text and not (settings.method == "idp" and settings.prompts == "key_values")
@@ -79,7 +79,7 @@ def _clusters(model, blocks: list[Block], kinds: list[str], count: int, settings
     means = context_means(model.get_input_embeddings(), examples)
     if kinds:
         return torch.tensor([kinds.index(block.kind) for block in blocks]), means
-    return cluster(means, count, int(torch.randint(2**31, (1,)))), means
+    return cluster(means, count, int(torch.randint(2**31, (1,))) if count > 1 else 0), means
 
 
 def _starts_of_kinds(blocks: list[Block], kinds: list[str], clusters) -> list[int] | None:

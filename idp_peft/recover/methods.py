@@ -50,14 +50,16 @@ def method_config(
             start = {"prompts": "key_values", "num_frozen_tokens": settings.num_frozen_tokens, "init_weights": False}
         elif settings.init == "corpus":
             start = {"init": "text", "init_text": texts, "tokenizer_name_or_path": place_of(settings.model)}
+        count = len(names) if names else settings.num_prompts
+        is_set = settings.selection == "centroid" or count == 1  # centroids are set before training
         return IDPConfig(
             task_type="CAUSAL_LM",
-            num_prompts=len(names) if names else settings.num_prompts,
+            num_prompts=count,
             num_virtual_tokens=settings.num_virtual_tokens,
             prompt_names=names,
             scales=settings.scales,
             selection=settings.selection,
-            learn_centroids=settings.selection != "centroid",  # else they are set before training
+            learn_centroids=not is_set,
             selection_layer=settings.selection_layer,
             selection_reduction=settings.selection_reduction,
             assignment=settings.assignment,
