@@ -21,6 +21,11 @@ def help_text(command: str, options: type) -> str:
     lines += _entry("--config FILE", "Read flags from a YAML file; those on the command line win.")
     if command == "recover":
         lines += _entry(
+            "--effort NAME",
+            "How long to train: quick (30 steps), standard (100) or thorough (300). --max_steps and --num_train_epochs win. "
+            "(default: standard)",
+        )
+        lines += _entry(
             "--output_dir ...",
             "And every flag of transformers.TrainingArguments: --output_dir (the run's folder), --max_steps, "
             "--learning_rate, --per_device_train_batch_size, --seed, --bf16, ...",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from idp_peft.key_values import keys_and_values
 from idp_peft.models.fingerprint import fingerprint
 from idp_peft.recover import recover
+from idp_peft.recover.arguments import EFFORTS, RecoverArguments
 from idp_peft.recover.centroids import context_means
 from idp_peft.recover.distillation import forward_kl
 from idp_peft.recover.methods import lora_parameters_per_rank, nearest_lora, prefix_parameters_per_token
@@ -27,6 +29,8 @@ from idp_peft.recover.training import collate, training_examples
 from idp_peft.texts.data import blocks, load_texts
 from idp_peft.texts.examples import read_examples
 from idp_peft_cli import main
+from idp_peft_cli.help import help_text
+from idp_peft_cli.options import RecoverOptions
 from tests.commands import run_recover
 from tests.patience import PATIENCE
 from tests.tiny import tiny
@@ -376,6 +380,30 @@ def test_centroids_are_fitted_before_training_and_every_prompt_starts_at_its_own
         assert {int(chosen[number]) for number, begin in enumerate(begins) if begin} == {prompt}
     again = run("again", selection="centroid", max_steps=3, learning_rate=0.03)
     assert torch.equal(weights(again)[CENTROIDS], weights(fitted)[CENTROIDS]), "and they stay where they are"
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ({}, 100),
+        ({"effort": "quick"}, 30),
+        ({"effort": "thorough"}, 300),
+        ({"effort": "thorough", "max_steps": 7}, 7),
+        ({"effort": "quick", "num_train_epochs": 2}, -1),
+    ],
+)
+def test_effort_sets_the_steps_where_nothing_else_does(given, steps):
+    arguments = RecoverArguments(output_dir="run", **given)
+    assert arguments.max_steps == steps
+    assert arguments.num_train_epochs == given.get("num_train_epochs", 1)
+
+
+def test_the_efforts_are_in_the_help_and_others_are_refused():
+    said = " ".join(help_text("recover", RecoverOptions).split())
+    for name, steps in EFFORTS.items():
+        assert re.search(rf"{name} \({steps}\b", said)
+    with pytest.raises(ValueError, match="`effort` must be one of quick, standard, thorough, got 'hard'"):
+        RecoverArguments(output_dir="run", effort="hard")
 
 
 def test_a_single_prompt_says_what_text_it_was_trained_on(here):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -11,9 +12,15 @@ import time
 from pathlib import Path
 
 TASKS = ["local_arc_easy", "local_piqa"]
-# Chosen by benchmarks/tuning; both methods get the same text, steps and teacher, and about the same number of parameters.
-TRAINING = ["--teacher", "default", "--max_steps", "30", "--min_tokens", "256"]
-METHODS = {"idp": ["--method", "idp"], "lora": ["--method", "lora", "--match_budget", "--learning_rate", "3e-3"]}
+# Chosen by benchmarks/repair; all get the same text, steps and teacher. The LoRA is as large as the largest bank.
+TRAINING = ["--teacher", "default", "--effort", "quick", "--min_tokens", "256"]
+KEYS = ["--prompts", "key_values", "--selection", "centroid"]
+METHODS = {
+    "IDP, keys and values": KEYS,
+    "IDP, tokens": ["--selection", "centroid"],
+    "one prompt of the bank's length": ["--num_prompts", "1", "--num_virtual_tokens", "128"],
+    "LoRA of the bank's size": ["--method", "lora", "--match_budget", *KEYS, "--learning_rate", "4e-3"],
+}
 
 
 def commands(folder: Path, seed: int, limit: int) -> list[list[str]]:
@@ -26,11 +33,12 @@ def commands(folder: Path, seed: int, limit: int) -> list[list[str]]:
         ["evaluate", "--model", "default", *measure, "--output", str(results / "dense.json")],
         ["evaluate", "--model", compressed, *measure, "--output", str(results / "compressed.json")],
     ]
-    for method, flags in METHODS.items():
-        run = str(folder / method)
+    for label, flags in METHODS.items():
+        name = re.sub(r"\W+", "_", label).lower()
+        run = str(folder / name)
         steps.append(["recover", "--model", compressed, *flags, *training, "--output_dir", run])
-        each = ["--each_prompt"] if method == "idp" else []
-        adapter = ["--adapter", f"{run}/adapter", *each, "--output", str(results / f"{method}.json")]
+        each = ["--each_prompt"] if label.startswith("IDP") else []
+        adapter = ["--adapter", f"{run}/adapter", "--label", label, *each, "--output", str(results / f"{name}.json")]
         steps.append(["evaluate", "--model", compressed, *adapter, *measure])
     steps.append(["report", "--results", str(results), "--output_dir", str(folder / "report")])
     return steps
