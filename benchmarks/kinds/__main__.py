@@ -26,7 +26,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60, help="training steps per kind, of 4 blocks of 256 tokens")
     parser.add_argument("--blocks", type=int, default=40, help="held-out blocks per kind")
     parser.add_argument("--context-tokens", type=int, default=64, help="tokens that the choice reads, not scored")
-    parser.add_argument("--controls", action="store_true", help="also train one long prompt and a LoRA on all kinds")
+    parser.add_argument(
+        "--controls",
+        nargs="*",
+        default=[],
+        choices=["one", "lora"],
+        help="also train one prompt of the bank's length, or a LoRA of its size, on all kinds, as many steps in all",
+    )
+    parser.add_argument("--unseen", nargs="*", default=[], help="kinds that no prompt was trained on, measured as well")
     parser.add_argument("--runs", type=Path, default=Path("runs/kinds"), help="folder of what is trained")
     parser.add_argument("--output", type=Path, default=RESULTS / "kinds.json")
     return parser.parse_args(arguments)
@@ -57,25 +64,25 @@ def train(options: argparse.Namespace) -> dict[str, Path]:
     settings = {
         "teacher": options.teacher,
         "context_tokens": options.context_tokens,
-        "max_steps": options.steps,
         "scales": False,
         "bf16": has_bfloat16_units(),
         "prompts": options.prompts,
     }
     one = {"num_prompts": 1, "num_virtual_tokens": options.tokens, "selection": "centroid"}
     alone = [
-        str(recover(options.model, options.runs / kind, dataset=kind, **one, **settings)) for kind in options.kinds
+        str(recover(options.model, options.runs / kind, dataset=kind, max_steps=options.steps, **one, **settings))
+        for kind in options.kinds
     ]
-    bank = options.runs / "bank"
+    bank = options.runs / f"bank of {len(options.kinds)}"
     compose(alone, bank, names=options.kinds, base_model=_base(options.model))
     made = {"bank": bank}
-    if options.controls:
-        mixture = str(_mixture(options))
-        total = {"num_prompts": 1, "num_virtual_tokens": options.tokens * len(options.kinds)}
-        made[SINGLE] = recover(options.model, options.runs / "single", dataset=mixture, **total, **settings)
-        lora = {"method": "lora", "match_budget": True, "num_virtual_tokens": options.tokens}
-        lora["num_prompts"] = len(options.kinds)
-        made[LORA] = recover(options.model, options.runs / "lora", dataset=mixture, **lora, **settings)
+    size = {"num_prompts": len(options.kinds), "num_virtual_tokens": options.tokens}
+    total = {"num_prompts": 1, "num_virtual_tokens": options.tokens * len(options.kinds)}
+    controls = {"one": (SINGLE, total), "lora": (LORA, {"method": "lora", "match_budget": True, **size})}
+    for control in options.controls:
+        name, own = controls[control]
+        settings |= {"dataset": str(_mixture(options)), "max_steps": options.steps * len(options.kinds)}
+        made[name] = recover(options.model, options.runs / f"{control} for {len(options.kinds)}", **own, **settings)
     return made
 
 
@@ -89,7 +96,7 @@ def _mixture(options: argparse.Namespace) -> Path:
     """A file with the training texts of all kinds, as many characters of each."""
     from idp_peft.texts.data import load_texts
 
-    path = options.runs / "mixture.jsonl"
+    path = options.runs / f"mixture of {len(options.kinds)}.jsonl"
     if not path.is_file():
         texts = {kind: load_texts(kind, "train") for kind in options.kinds}
         most = min(sum(map(len, of_kind)) for of_kind in texts.values())
@@ -119,7 +126,7 @@ def measure(options: argparse.Namespace, made: dict[str, Path]) -> dict:
 
     tokenizer, length, context = load_tokenizer(options.model), 256, options.context_tokens
     blocks = {}
-    for kind in options.kinds:
+    for kind in [*options.kinds, *options.unseen]:
         found = chunk_documents(tokenizer, load_texts(kind, "held_out"), length)
         every = max(1, len(found) // options.blocks)  # from all over the held-out part
         blocks[kind] = found[::every][: options.blocks]
@@ -132,6 +139,7 @@ def measure(options: argparse.Namespace, made: dict[str, Path]) -> dict:
 
     result = {
         "kinds": options.kinds,
+        "unseen": options.unseen,
         "block_kinds": kinds,
         "settings": {
             name: getattr(options, name)
