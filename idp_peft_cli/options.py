@@ -154,8 +154,15 @@ class ExportOptions:
     adapter: str = _required("Adapter: a folder or a Hub id.")
     output_dir: str = _required("Folder of the exported model; must not exist or be empty.")
     to_vocab: bool = _option(False, "Every soft prompt token becomes a token of the vocabulary, for any engine.")
+    to_gguf: bool = _option(
+        False, "The same in a GGUF file, for llama.cpp; scales are folded, the base is a GGUF file."
+    )
     fold_scales: bool = _option(False, "Write the adapter's scales into the weights; with --to_vocab, or alone.")
     model: str | None = _option(None, "The adapter's base (default: the one that the adapter names).")
+    default_prompt: str | None = _option(
+        None, "With --to_gguf: prompt of chats whose request names none, name or number."
+    )
+    table_type: str | None = _option(None, "With --to_gguf: convert the embedding table to this type: q8_0, f16, f32.")
     keep_tied: bool = _option(
         False,
         "Leave tied embeddings tied: smaller, but prompt tokens can then be generated unless the engine is told not to.",

@@ -81,15 +81,23 @@ def _push(options) -> None:
 
 
 def _export(options) -> None:
-    from idp_peft.serving import export_folded, export_to_vocab
+    from idp_peft.serving import export_folded, export_to_gguf, export_to_vocab
 
-    if not (options.to_vocab or options.fold_scales):
-        raise ValueError("say what to export: `--to-vocab`, `--fold_scales`, or both")
+    if not (options.to_vocab or options.to_gguf or options.fold_scales):
+        raise ValueError("say what to export: `--to-vocab`, `--fold_scales`, both, or `--to-gguf`")
+    for name in ("default_prompt", "table_type"):
+        if getattr(options, name) is not None and not options.to_gguf:
+            raise ValueError(f"`--{name}` belongs to `--to-gguf`: leave it out")
     where = options.adapter, options.output_dir, options.model
-    if options.to_vocab:
+    if options.to_gguf:
+        if options.to_vocab:
+            raise ValueError("`--to-vocab` and `--to-gguf` write two models: export them one after the other")
+        tied = {"keep_tied": options.keep_tied, "default_prompt": options.default_prompt}
+        folder = export_to_gguf(*where, **tied, table_type=options.table_type)
+    elif options.to_vocab:
         folder = export_to_vocab(*where, keep_tied=options.keep_tied, fold_scales=options.fold_scales)
     elif options.keep_tied:
-        raise ValueError("`--keep_tied` belongs to `--to-vocab`: leave it out")
+        raise ValueError("`--keep_tied` belongs to `--to-vocab` and `--to-gguf`: leave it out")
     else:
         folder = export_folded(*where)
     print(f"model in {folder}")

@@ -435,7 +435,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_was_not_exported_is_no_exported_model(tmp_path):
-    with pytest.raises(ValueError, match=r"is no model that `idp-peft export --to-vocab` wrote"):
+    with pytest.raises(ValueError, match=r"is no model that `idp-peft export` wrote"):
         ExportedModel.from_folder(saved(tmp_path).base)
 
 

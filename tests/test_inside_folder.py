@@ -146,5 +146,5 @@ def test_a_list_of_prompts_that_is_none_is_refused(name, tmp_path):
     file.write_text(json.dumps(right))
     assert ExportedModel.from_folder(tmp_path).token_ids == [[97]]
     file.write_text(json.dumps(right | WRONG[name]))
-    with pytest.raises(ValueError, match="is no model that `idp-peft export --to-vocab` wrote"):
+    with pytest.raises(ValueError, match="is no model that `idp-peft export` wrote"):
         ExportedModel.from_folder(tmp_path)

@@ -574,7 +574,7 @@ def test_the_command_listens_on_loopback_unless_told_otherwise(exported, monkeyp
         ),
         (["--engine", "http://h", "--port", "0"], "`port` must be between 1 and 65535, got 0"),
         (["--engine", "http://h", "--timeout", "0"], "`timeout` must be positive, got 0.0"),
-        (["--engine", "http://h"], "is no model that `idp-peft export --to-vocab` wrote"),
+        (["--engine", "http://h"], "is no model that `idp-peft export` wrote"),
     ],
 )
 def test_the_command_says_what_is_wrong(one, capsys, flags, text):

@@ -6,6 +6,7 @@ import importlib
 _ON_USE = {
     "export_to_vocab": "export",
     "export_folded": "export",
+    "export_to_gguf": "export_gguf",
     "ExportedModel": "exported",
     "Router": "router",
     "VllmPrompts": "vllm_prompts",

@@ -8,13 +8,16 @@ import json
 VARIABLE = "idp_prompt"
 
 
-def with_prompts(template: str, prompts: list[list[str]]) -> str:
+def with_prompts(template: str, prompts: list[list[str]], default: int | None = None) -> str:
     """A template that renders what `template` does, behind the tokens of prompt number `idp_prompt`, if that is given.
 
     Args:
         template (`str`): a Jinja chat template.
         prompts (`list[list[str]]`): the names of each prompt's tokens.
+        default (`int`, *optional*): the prompt where `idp_prompt` is not given.
     """
+    if default is not None:
+        template = f"{{%- if {VARIABLE} is not defined %}}{{{{- {json.dumps(''.join(prompts[default]))} }}}}{{%- endif %}}\n{template}"
     texts = json.dumps(["".join(tokens) for tokens in prompts])
     # Jinja as transformers sets it up takes away one line break behind a block, so the template begins where it began.
     return (

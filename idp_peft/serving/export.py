@@ -101,16 +101,16 @@ def _export_vocabulary(
 ) -> None:
     model = skeleton(str(folder))
     files = weight_files(folder)
-    _check(model, source, folder)
+    check_fits(model, source, folder)
     check_scales(source, fold_scales)
     tables = _find_tables(model, files, keep_tied or model.config.model_type in _ALWAYS_TIED)
-    tokenizer = _tokenizer(adapter, folder)
+    tokenizer = tokenizer_for(adapter, folder)
     vocabulary = _vocabulary(source, files.tensor(tables.embeddings).shape[0], tokenizer)
     vocabulary.add_to(tokenizer)
     prompts = [vocabulary.tokens(prompt) for prompt in range(len(vocabulary.lengths))]
     tokenizer.chat_template = with_prompts_in_all(tokenizer.chat_template, prompts)
     with whole_folder(output_dir) as target:
-        tensors = _changed(files, tables, source, vocabulary, _embedding_scale(model.get_input_embeddings()))
+        tensors = _changed(files, tables, source, vocabulary, embedding_scale(model.get_input_embeddings()))
         if fold_scales:
             tensors |= folded(model, files, source)
         copy_model(files, target, tensors, tables.embeddings)
@@ -186,8 +186,8 @@ def _folder_of(name: str, revision: str | None) -> Path:
     return Path(snapshot_download(where, revision=revision, allow_patterns=list(_MODEL)))
 
 
-def _check(model: nn.Module, source: PromptSource, folder: Path) -> None:
-    """Refuse what would come out wrong."""
+def check_fits(model: nn.Module, source: PromptSource, base: Path) -> None:
+    """Refuse prompts that would come out wrong as rows of a base's vocabulary."""
     if source.holds_keys:
         raise ValueError(
             f"{source.label} holds prompts of keys and values: no token of a vocabulary has these; train one with prompts='tokens'"
@@ -195,7 +195,7 @@ def _check(model: nn.Module, source: PromptSource, folder: Path) -> None:
     embeddings, decoder = model.get_input_embeddings(), find_decoder(model)
     if source.width != embeddings.embedding_dim:
         raise ValueError(
-            f"the prompts of {source.label} have width {source.width}, the embeddings of the base model in {folder} "
+            f"the prompts of {source.label} have width {source.width}, the embeddings of the base model in {base} "
             f"{embeddings.embedding_dim}"
         )
     lengths = [len(prompt) for prompt in source.prompts]
@@ -220,7 +220,7 @@ def _check(model: nn.Module, source: PromptSource, folder: Path) -> None:
         raise ValueError(f"the prompts of {source.label} hold NaN or infinity")
 
 
-def _embedding_scale(embeddings: nn.Module) -> float:
+def embedding_scale(embeddings: nn.Module) -> float:
     """What the embedding module multiplies its rows by.
 
     Raises:
@@ -293,7 +293,8 @@ def _check_table(files: WeightFiles, name: str, shape: tuple[int, ...], what: st
         )
 
 
-def _tokenizer(adapter: str, folder: Path):
+def tokenizer_for(adapter: str, folder: Path):
+    """The tokenizer beside an adapter, else its base's."""
     from idp_peft.models.loading import load_tokenizer, tokenizer_beside
 
     beside = tokenizer_beside(adapter, {}, None)

@@ -59,7 +59,7 @@ class ExportedModel:
             return cls(folder, **_checked(content))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{folder} is no model that `idp-peft export --to-vocab` wrote: its {FILE} cannot be read ({error})"
+                f"{folder} is no model that `idp-peft export` wrote: its {FILE} cannot be read ({error})"
             ) from error
 
 
