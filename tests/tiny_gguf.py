@@ -15,7 +15,8 @@ _SETTINGS = {
     "qwen2": _ROPE,
     "gemma2": {
         **_ROPE,
-        **{"key_length": 8, "value_length": 8, "sliding_window": 16},
+        # Transformers does not read from a file what attention is divided by: it takes that of heads of 256.
+        **{"key_length": 256, "value_length": 256, "rope_dimension_count": 256, "sliding_window": 16},
         **{"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     },
     "gpt2": {**_SHAPE, "feed_forward_length": 128, "layer_norm_eps": 1e-5, "context_length": 1024},
@@ -59,6 +60,7 @@ def tiny_gguf(
         *(("token_list", [name for name, _ in _tokens(sentencepiece)]),),
         *(("token_types", [kind for _, kind in _tokens(sentencepiece)]),),
         *(("pad_token_id", 0), ("bos_token_id", 1), ("eos_token_id", 2 if sentencepiece else 1)),
+        *((("key_length", 8), ("value_length", 8)) * (width != 32)),
         *((("add_bos_token", add_bos),) * (add_bos is not None)),
         *((("chat_template", chat_template),) * (chat_template is not None)),
     ):
@@ -79,9 +81,9 @@ def tiny_gguf(
 
 def _weights(name: str, seed: int, width: int, tied: bool) -> dict[str, torch.Tensor]:
     model = tiny(name, seed=seed)
-    if width != model.config.hidden_size:
+    if width != model.config.hidden_size or name == "gemma2":
         model.config.hidden_size = width
-        model.config.head_dim = 8
+        model.config.head_dim = 256 if name == "gemma2" else 8
         model = type(model)(model.config)
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
@@ -90,6 +92,9 @@ def _weights(name: str, seed: int, width: int, tied: bool) -> dict[str, torch.Te
     weights = dict(model.state_dict())
     if tied or model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
+    for key in weights if name == "gemma2" else ():
+        if "norm" in key:
+            weights[key] = weights[key] + 1  # a file has the factor itself
     if name == "gpt2":  # transformers reads no GPT-2 with another number of positions
         generator = torch.Generator().manual_seed(seed)
         weights["transformer.wpe.weight"] = 0.2 * torch.randn(1024, width, generator=generator)
