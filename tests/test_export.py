@@ -454,4 +454,4 @@ def test_the_command_exports(tmp_path, capsys):
 def test_the_command_asks_what_to_export_to(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["export", "--adapter", "a", "--output_dir", str(tmp_path / "out")])
-    assert "say what to export: `--to-vocab`, `--fold_scales`, or both" in capsys.readouterr().err
+    assert "say what to export: `--to-vocab`, `--fold_scales`, both, or `--to-gguf`" in capsys.readouterr().err
