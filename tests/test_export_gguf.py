@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as Kind
 from peft import PeftModel, get_peft_model
 
 from idp_peft import IDPConfig, fit_centroids
-from idp_peft.models.loading import load_model
+from idp_peft.models.loading import load_model, load_tokenizer
 from idp_peft.serving import ExportedModel, Router, export_to_gguf, gguf_types
 from idp_peft.serving.gguf_types import decoded, encoded, mean_row, scaled
 from idp_peft_cli import main
@@ -415,3 +415,50 @@ def test_the_command_exports(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit):
             main(["export", *flags, "--adapter", str(one.adapter), "--output_dir", str(tmp_path / "served")])
         assert text in capsys.readouterr().err
+
+
+def test_the_whole_way_from_a_file_to_an_answer(tmp_path, monkeypatch):
+    """README's commands: recover, export, engine, proxy, answer."""
+    from idp_peft.serving.prompted_request import RequestPrompter
+    from tests.llama_cpp import LlamaServer
+    from tests.tiny_proxy import starting
+
+    monkeypatch.chdir(tmp_path)
+    tiny_gguf(Path("small.gguf"), packed=Kind.Q8_0, chat_template=CHATML)
+    dense = load_model(tiny_gguf(Path("dense.gguf")))
+    dense.save_pretrained("dense")
+    load_tokenizer("small.gguf").save_pretrained("dense")
+    letters = "".join(map(chr, range(97, 123)))
+    Path("text.jsonl").write_text("".join(json.dumps({"text": letters[i % 9 :] * 2}) + "\n" for i in range(20)))
+    small = [
+        "--block_tokens",
+        "16",
+        "--context_tokens",
+        "4",
+        "--min_tokens",
+        "4",
+        "--max_steps",
+        "2",
+        "--disable_tqdm",
+        "true",
+    ]
+    recover = [
+        "recover",
+        "--model",
+        "small.gguf",
+        "--teacher",
+        "dense",
+        "--dataset",
+        "text.jsonl",
+        "--output_dir",
+        "run",
+    ]
+    main([*recover, "--num_prompts", "2", "--num_virtual_tokens", "4", *small])
+    main(["export", "--to-gguf", "--adapter", "run/adapter", "--output_dir", "served"])
+    engine, exported = LlamaServer(Path("served/model.gguf")), ExportedModel.from_folder("served")
+    with starting(RequestPrompter(Router.from_pretrained("served"), exported)) as start:
+        body = {"model": "tiny", "prompt": "the letters", "max_tokens": 4, "temperature": 0}
+        answer = start(engine.url).post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["x-idp-prompt"] in ("0", "1")
+        assert answer.json()["usage"]["completion_tokens"] == 4
