@@ -7,6 +7,7 @@ own type: a row is quantised along itself.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -121,8 +122,16 @@ def export_to_gguf(
                 _modelfile(name, "".join(tokens), _contents(reader, _TEMPLATE)), encoding="utf-8"
             )
         tokenizer.chat_template = with_prompts_in_all(tokenizer.chat_template, prompts)
-        tokenizer.save_pretrained(folder / ADAPTER)
+        _save(tokenizer, folder / ADAPTER)
     return Path(output_dir)
+
+
+def _save(tokenizer, folder: Path) -> None:
+    """As its `tokenizer.json` alone says: the class that reads GGUF files is guessed, and may make another tokenizer of it."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _base_file(name: str | Path | None, adapter: str) -> Path:
