@@ -283,12 +283,13 @@ def test_chats_get_their_prompt_in_front(tmp_path, default):
 
 
 def test_the_proxy_serves_it(tmp_path):
+    """The file's own default prompt stands in front of no chat that goes through the proxy."""
     from idp_peft.serving.prompted_request import RequestPrompter
     from tests.llama_cpp import LlamaServer
     from tests.tiny_proxy import starting
 
     one = on_file(tmp_path, chat_template=CHATML, prompts={"selection": "centroid"})
-    exported = one.export(tmp_path / "served")
+    exported = one.export(tmp_path / "served", default_prompt=2)
     engine = LlamaServer(tmp_path / "served" / "model.gguf")
     prompter = RequestPrompter(Router.from_pretrained(tmp_path / "served"), exported)
     with starting(prompter) as start:
@@ -303,10 +304,14 @@ def test_the_proxy_serves_it(tmp_path):
             alone = engine.post("/v1/completions", prompt=exported.token_ids[kind] + ids, max_tokens=6, temperature=0)
             assert answer.json()["choices"][0]["text"] == alone["choices"][0]["text"]
         chat = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "temperature": 0}
-        answer = client.post("/v1/chat/completions", json={**chat, "idp_prompt": 1})
-        assert answer.status_code == 200, answer.text
-        alone = engine.post("/v1/chat/completions", **chat, chat_template_kwargs={"idp_prompt": 1})
-        assert answer.json()["choices"][0]["message"] == alone["choices"][0]["message"]
+        lengths = {}
+        for prompt in (1, -1):
+            answer = client.post("/v1/chat/completions", json={**chat, "idp_prompt": prompt})
+            assert answer.status_code == 200, answer.text
+            alone = engine.post("/v1/chat/completions", **chat, chat_template_kwargs={"idp_prompt": prompt})
+            assert answer.json()["choices"][0]["message"] == alone["choices"][0]["message"]
+            lengths[prompt] = answer.json()["usage"]["prompt_tokens"]
+        assert lengths[1] == lengths[-1] + 4
 
 
 # ---------------------------------------------------------------------- refusals
@@ -353,6 +358,7 @@ def test_what_would_come_out_wrong_is_refused_with_the_reason(tmp_path):
     dense = tiny_folder(tmp_path / "dense")
     refuse(one, out, r"`--to-gguf` needs a base in a GGUF file.*convert_hf_to_gguf.py.*`--to-vocab`", base=dense)
     refuse(one, out, "`default_prompt`: .*'d'", default_prompt="d")
+    refuse(one, out, "`default_prompt` must name one prompt, got -1", default_prompt=-1)
     refuse(one, out, "`table_type` must be a type of GGUF files", table_type="q9")
     exported = one.export(tmp_path / "first")
     refuse(one, out, "already has a token named", base=exported.folder / "model.gguf")
@@ -360,6 +366,14 @@ def test_what_would_come_out_wrong_is_refused_with_the_reason(tmp_path):
         bank_of(one.model).weight[3, 3] = torch.nan
     one.model.save_pretrained(one.adapter)
     refuse(one, out, "hold NaN or infinity")
+
+
+def test_an_adapter_whose_file_is_a_link_to_elsewhere_is_not_copied(tmp_path):
+    one = on_file(tmp_path)
+    weights = one.adapter / "adapter_model.safetensors"
+    weights.rename(tmp_path / "elsewhere.safetensors")
+    weights.symlink_to(tmp_path / "elsewhere.safetensors")
+    refuse(one, tmp_path / "served", "is a link that leads out of its folder")
 
 
 def test_prompts_of_keys_and_values_are_no_tokens(tmp_path):

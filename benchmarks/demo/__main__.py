@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.common.processor import has_bfloat16_units
+
 TASKS = ["local_arc_easy", "local_piqa"]
 # Chosen by benchmarks/repair; all get the same text, steps and teacher. The LoRA is as large as the largest bank.
 TRAINING = ["--teacher", "default", "--effort", "quick", "--min_tokens", "256"]
@@ -42,12 +44,6 @@ def commands(folder: Path, seed: int, limit: int) -> list[list[str]]:
         steps.append(["evaluate", "--model", compressed, *adapter, *measure])
     steps.append(["report", "--results", str(results), "--output_dir", str(folder / "report")])
     return steps
-
-
-def has_bfloat16_units() -> bool:
-    """Whether training in bfloat16 autocast is faster than in float32: without such units it is many times slower."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and any(unit in cpuinfo.read_text() for unit in ("avx512_bf16", "amx_bf16"))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -56,7 +56,7 @@ def main() -> None:
 
 def train(options: argparse.Namespace) -> dict[str, Path]:
     """The adapters that are compared: name to folder."""
-    from benchmarks.demo.__main__ import has_bfloat16_units
+    from benchmarks.common.processor import has_bfloat16_units
     from idp_peft.composition import compose
     from idp_peft.recover import recover
 

@@ -75,6 +75,17 @@ class PromptSource:
         """The base that the adapter names, or the one it is loaded on; `None` where neither has a name."""
         return self.config.base_model_name_or_path or getattr(self.model, "name_or_path", None) or None
 
+    def base_or(self, given) -> str:
+        """The base that a caller gives, else the one that the adapter names.
+
+        Raises:
+            `ValueError`: where neither is there.
+        """
+        name = given if given is not None else self.base_name
+        if not name:
+            raise ValueError(f"`adapter` {self.label!r} does not say what its base is: pass `base`")
+        return str(name)
+
 
 @torch.no_grad()
 def fill(bank, sources: list[PromptSource]) -> None:

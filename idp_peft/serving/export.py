@@ -107,8 +107,7 @@ def _export_vocabulary(
     tokenizer = tokenizer_for(adapter, folder)
     vocabulary = _vocabulary(source, files.tensor(tables.embeddings).shape[0], tokenizer)
     vocabulary.add_to(tokenizer)
-    prompts = [vocabulary.tokens(prompt) for prompt in range(len(vocabulary.lengths))]
-    tokenizer.chat_template = with_prompts_in_all(tokenizer.chat_template, prompts)
+    tokenizer.chat_template = with_prompts_in_all(tokenizer.chat_template, vocabulary.prompts)
     with whole_folder(output_dir) as target:
         tensors = _changed(files, tables, source, vocabulary, embedding_scale(model.get_input_embeddings()))
         if fold_scales:
@@ -163,15 +162,18 @@ def _read(adapter: str | Path, output_dir: str | Path, base: str | Path | None) 
     target = Path(output_dir).expanduser().absolute()
     check_free(target)
     source = read_prompts(str(adapter))
-    name = base if base is not None else source.base_name
-    if not name:
-        raise ValueError(f"`adapter` {str(adapter)!r} does not say what its base is: pass `base`")
+    name = source.base_or(base)
     is_file = find_model(name)[1] is not None
-    with unpacked(name, target.parent) if is_file else nullcontext(str(name)) as place:
+    with unpacked(name, target.parent) if is_file else nullcontext(name) as place:
         folder = _folder_of(place, source.config.revision if base is None and not is_file else None)
-        for one in (one for one in (folder, Path(adapter)) if one.is_dir()):
-            files_inside(one, _MODEL)
+        refuse_links(folder, Path(adapter))
         yield source, folder
+
+
+def refuse_links(*folders: Path) -> None:
+    """Refuse a model's files that are links out of their folder: an export would copy what they lead to."""
+    for folder in folders:
+        files_inside(folder, _MODEL)  # none where it is no folder
 
 
 def _folder_of(name: str, revision: str | None) -> Path:

@@ -8,6 +8,7 @@ own type: a row is quantised along itself.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,13 +20,11 @@ from torch import nn
 from idp_peft.composition.base_skeleton import skeleton
 from idp_peft.composition.prompt_sources import PromptSource, read_prompts
 from idp_peft.files.whole_folder import check_free, whole_folder
-from idp_peft.hosting.architectures import find_decoder
 from idp_peft.hosting.prompt_ids import check_prompt_ids
-from idp_peft.scales import linear_layers, output_channels
 from idp_peft.serving.chat_template import with_prompts, with_prompts_in_all
-from idp_peft.serving.export import check_fits, embedding_scale, tokenizer_for
+from idp_peft.serving.export import check_fits, embedding_scale, refuse_links, tokenizer_for
 from idp_peft.serving.exported import ADAPTER, FILE, describe
-from idp_peft.serving.folded_weights import check_scales, write_adapter
+from idp_peft.serving.folded_weights import check_scales, factors_by_layer, write_adapter
 from idp_peft.serving.vocabulary import PromptVocabulary, next_token_id
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 MODEL = "model.gguf"
 _TABLE, _HEAD, _SECOND_TABLE = "token_embd.weight", "output.weight", "per_layer_token_embd.weight"
 _TOKENS, _CONTROL, _UNUSED, _NORMAL = "tokenizer.ggml.tokens", 3, 5, 1  # llama.cpp's types of tokens
-_TEMPLATE = "tokenizer.chat_template"
+_TEMPLATE, _ARCHITECTURE = "tokenizer.chat_template", "general.architecture"
 
 
 class _Tensor(NamedTuple):
@@ -89,7 +88,8 @@ def export_to_gguf(
     target = Path(output_dir).expanduser().absolute()
     check_free(target)
     source = read_prompts(str(adapter))
-    path = _base_file(base if base is not None else source.base_name, str(adapter))
+    path = _base_file(source.base_or(base))
+    refuse_links(Path(adapter))
     model, reader = skeleton(str(path)), _reader(path)
     check_fits(model, source, path)
     if source.scales is not None:
@@ -102,26 +102,20 @@ def export_to_gguf(
     vocabulary = PromptVocabulary(rows, first, [len(prompt) for prompt in source.prompts], names)
     vocabulary.add_to(tokenizer)
     default = _default(default_prompt, vocabulary)
-    changed = _folded(model, source, old, path) if source.scales is not None else {}
+    changed = _folded(model, source, reader, old, path) if source.scales is not None else {}
     is_tied = _HEAD not in old and (keep_tied or not _may_have_head(reader))
     changed |= _tables(source, vocabulary, old, embedding_scale(model.get_input_embeddings()), is_tied, table_type)
     with whole_folder(output_dir) as folder:
-        fields = _fields(reader, vocabulary, default)
-        _write(
-            folder / MODEL,
-            reader,
-            fields,
-            {name: changed.get(name, _as_it_is(one)) for name, one in old.items()} | changed,
-        )
-        (folder / FILE).write_text(describe(vocabulary, is_tied), encoding="utf-8")
+        tensors = {name: _as_it_is(tensor) for name, tensor in old.items()} | changed
+        _write(folder / MODEL, reader, _fields(reader, vocabulary, default), tensors)
+        (folder / FILE).write_text(describe(vocabulary, is_tied, default), encoding="utf-8")
         write_adapter(str(adapter), folder / ADAPTER, folded=source.scales is not None)
-        prompts = [vocabulary.tokens(prompt) for prompt in range(len(vocabulary.lengths))]
-        for prompt, tokens in enumerate(prompts):
+        for prompt, tokens in enumerate(vocabulary.prompts):
             name = str(prompt) if names is None else names[prompt]
             (folder / f"Modelfile.{prompt}").write_text(
                 _modelfile(name, "".join(tokens), _contents(reader, _TEMPLATE)), encoding="utf-8"
             )
-        tokenizer.chat_template = with_prompts_in_all(tokenizer.chat_template, prompts)
+        tokenizer.chat_template = with_prompts_in_all(tokenizer.chat_template, vocabulary.prompts)
         _save(tokenizer, folder / ADAPTER)
     return Path(output_dir)
 
@@ -134,15 +128,13 @@ def _save(tokenizer, folder: Path) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _base_file(name: str | Path | None, adapter: str) -> Path:
+def _base_file(name: str) -> Path:
     from idp_peft.models.loading import find_model
 
-    if not name:
-        raise ValueError(f"`adapter` {adapter!r} does not say what its base is: pass `base`")
     where, file = find_model(name)
     if file is None:
         raise ValueError(
-            f"`--to-gguf` needs a base in a GGUF file, and {str(name)!r} is none: convert it with llama.cpp's convert_hf_to_gguf.py and pass "
+            f"`--to-gguf` needs a base in a GGUF file, and {name!r} is none: convert it with llama.cpp's convert_hf_to_gguf.py and pass "
             "the file (`--model base.gguf`), or export with `--to-vocab`"
         )
     if not Path(where, file).is_file():
@@ -189,16 +181,19 @@ def _default(prompt: str | int | None, vocabulary: PromptVocabulary) -> int | No
         return None
     given = int(prompt) if isinstance(prompt, str) and prompt.isdigit() else prompt
     try:
-        return int(check_prompt_ids([given], 1, len(vocabulary.lengths), vocabulary.prompt_names))
+        chosen = int(check_prompt_ids([given], 1, len(vocabulary.lengths), vocabulary.prompt_names))
     except ValueError as error:
         raise ValueError(f"`default_prompt`: {error}") from error
+    if chosen < 0:
+        raise ValueError(f"`default_prompt` must name one prompt, got {prompt!r}: leave it out for none")
+    return chosen
 
 
 def _may_have_head(reader: GGUFReader) -> bool:
     """Whether llama.cpp reads an output head of this architecture: it refuses a file with a tensor that it does not know."""
     from gguf import MODEL_ARCH_NAMES, MODEL_TENSOR, MODEL_TENSORS
 
-    arch = _contents(reader, "general.architecture")
+    arch = _contents(reader, _ARCHITECTURE)
     return any(name == arch and MODEL_TENSOR.OUTPUT in MODEL_TENSORS[key] for key, name in MODEL_ARCH_NAMES.items())
 
 
@@ -253,24 +248,17 @@ def _with_rows(tensor, rows: np.ndarray, table_type: str | None) -> _Tensor:
     return _Tensor(shape, data.dtype, kind, lambda: np.concatenate([data, new.astype(data.dtype, copy=False)]))
 
 
-def _folded(model: nn.Module, source: PromptSource, old: dict, path: Path) -> dict[str, _Tensor]:
+def _folded(model: nn.Module, source: PromptSource, reader: GGUFReader, old: dict, path: Path) -> dict[str, _Tensor]:
     """The tensors of linear layers, their rows times the adapter's factors."""
     from idp_peft.serving.gguf_types import scaled
 
-    layers = linear_layers(find_decoder(model))
-    channels = [output_channels(module) for module in layers.values()]
-    if sum(channels) != len(source.scales):
-        raise ValueError(
-            f"{source.label} has {len(source.scales)} scales, the linear layers of the base in {path} {sum(channels)} channels"
-        )
-    where, files = {module: name for name, module in model.named_modules()}, _NamesInFile(model)
-    changed = {}
-    for module, factors in zip(layers.values(), (1 + source.scales).split(channels), strict=True):
+    files, changed = _NamesInFile(model, reader), {}
+    for layer, module, factors in factors_by_layer(model, source, path):
         for own, _ in module.named_parameters(recurse=False):
-            name, order = files.find(f"{where[module]}.{own}", len(factors))
+            name, order = files.find(f"{layer}.{own}", len(factors))
             if name not in old:
                 raise ValueError(
-                    f"layer {where[module]!r} of the base is not among the tensors of {path} under a name of its own"
+                    f"layer {layer!r} of the base is not among the tensors of {path} under a name of its own"
                 )
             in_file = torch.empty_like(factors)
             in_file[order] = factors
@@ -288,17 +276,14 @@ class _NamesInFile:
 
     Args:
         model (`PreTrainedModel`): the model, without weights.
+        reader (`GGUFReader`): the file.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, get_gguf_hf_weights_map
+    def __init__(self, model: nn.Module, reader: GGUFReader) -> None:
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-        config = model.config.get_text_config(decoder=True)
-        kind = {"mistral": "llama"}.get(config.model_type, config.model_type.removesuffix("_text").replace("_", ""))
-        processor = TENSOR_PROCESSORS.get(kind)
-        if processor is None:
-            from transformers.modeling_gguf_pytorch_utils import TensorProcessor as processor
-        self.processor = processor(config=config.to_dict())
+        kind = TENSOR_PROCESSORS.get(_contents(reader, _ARCHITECTURE), TensorProcessor)
+        self.processor = kind(config=model.config.get_text_config(decoder=True).to_dict())
         self.names = {hf: file for file, hf in get_gguf_hf_weights_map(model, self.processor).items()}
 
     def find(self, parameter: str, rows: int) -> tuple[str | None, torch.Tensor]:
@@ -326,7 +311,7 @@ def _fields(reader: GGUFReader, vocabulary: PromptVocabulary, default: int | Non
     fields = {
         field.name: (field.contents(), field.types[0], field.types[-1] if field.types[0] == Type.ARRAY else None)
         for field in reader.fields.values()
-        if not field.name.startswith("GGUF.") and field.name != "general.architecture"
+        if not field.name.startswith("GGUF.") and field.name != _ARCHITECTURE
     }
     new = {row: (f"<|idp:unused:{row}|>", _UNUSED) for row in vocabulary.never_generated}
     new |= {vocabulary.first + i: (name, _CONTROL) for i, name in enumerate(vocabulary.all_tokens)}
@@ -342,28 +327,24 @@ def _fields(reader: GGUFReader, vocabulary: PromptVocabulary, default: int | Non
     }
     if scores is not None:
         fields["tokenizer.ggml.scores"] = (scores[0] + [0.0] * len(new), *scores[1:])
-    rows = f"{_contents(reader, 'general.architecture')}.vocab_size"
+    rows = f"{_contents(reader, _ARCHITECTURE)}.vocab_size"
     if rows in fields:
         fields[rows] = (vocabulary.rows, *fields[rows][1:])
-    tokens = [vocabulary.tokens(prompt) for prompt in range(len(vocabulary.lengths))]
     for name, (text, *kinds) in list(fields.items()):
         if name == _TEMPLATE or name.startswith(f"{_TEMPLATE}."):
-            fields[name] = (with_prompts(text, tokens, default), *kinds)
+            fields[name] = (with_prompts(text, vocabulary.prompts, default), *kinds)
     return fields
 
 
 def _write(path: Path, reader: GGUFReader, fields: dict[str, tuple], tensors: dict[str, _Tensor]) -> None:
     from gguf import GGUFWriter
 
-    writer = GGUFWriter(path, _contents(reader, "general.architecture"), endianess=reader.endianess)
+    writer = GGUFWriter(path, _contents(reader, _ARCHITECTURE), endianess=reader.endianess)
     writer.data_alignment = int(reader.alignment)
     for name, (value, kind, entries) in fields.items():
         writer.add_key_value(name, value, kind, sub_type=entries)
     for name, (shape, dtype, kind, _) in tensors.items():
-        size = dtype.itemsize
-        for dimension in shape:
-            size *= dimension
-        writer.add_tensor_info(name, shape, dtype, size, kind)
+        writer.add_tensor_info(name, shape, dtype, math.prod(shape) * dtype.itemsize, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

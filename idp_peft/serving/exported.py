@@ -26,6 +26,7 @@ class ExportedModel:
         vocab_size (`int`): rows of the base's table: ids from there on are new.
         tied (`bool`): whether a prompt token's output row is the prompt's own vector, so that it could be generated.
         names (`list[str]`, *optional*): the prompts' names.
+        default_prompt (`int`, *optional*): the prompt of chats that name none, in the model's own template.
     """
 
     folder: Path
@@ -35,6 +36,7 @@ class ExportedModel:
     vocab_size: int
     tied: bool
     names: list[str] | None = None
+    default_prompt: int | None = None
 
     @property
     def adapter(self) -> Path:
@@ -82,7 +84,11 @@ def _checked(content: dict) -> dict:
             raise ValueError("`tokens` must be one text per token id, and `name` a text")
     if not token_ids or not isinstance(tied, bool):
         raise ValueError("`prompts` must hold a prompt, and `tied` be true or false")
+    default = content.get("default_prompt")
+    if default is not None and not (type(default) is int and 0 <= default < len(token_ids)):
+        raise ValueError(f"`default_prompt` must be the number of a prompt, got {default!r}")
     return {
+        "default_prompt": default,
         "token_ids": token_ids,
         "tokens": tokens,
         "never_generated": list(range(first, stop)),
@@ -96,12 +102,13 @@ def is_exported(folder: str | Path) -> bool:
     return (Path(folder).expanduser() / FILE).is_file()
 
 
-def describe(vocabulary, tied: bool) -> str:
+def describe(vocabulary, tied: bool, default_prompt: int | None = None) -> str:
     """The text of `idp_prompts.json`.
 
     Args:
         vocabulary (`PromptVocabulary`): what was added.
         tied (`bool`): whether the output head is the embedding table.
+        default_prompt (`int`, *optional*): the prompt of chats that name none.
     """
     names = vocabulary.prompt_names or [None] * len(vocabulary.lengths)
     prompts = [
@@ -115,4 +122,6 @@ def describe(vocabulary, tied: bool) -> str:
         "never_generated": [new[0], new[-1] + 1],  # from, to
         "prompts": prompts,
     }
+    if default_prompt is not None:
+        content["default_prompt"] = default_prompt
     return json.dumps(content, indent=1) + "\n"

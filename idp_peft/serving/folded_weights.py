@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -26,23 +27,33 @@ def folded(model: nn.Module, files: WeightFiles, source: PromptSource) -> dict[s
     Raises:
         `ValueError`: where a layer's tensors are not found, or its format cannot take a factor per row.
     """
-    decoder, stored = find_decoder(model), _by_layer(files)
-    where = {module: name for name, module in model.named_modules()}
-    layers = linear_layers(decoder)
-    channels = [output_channels(module) for module in layers.values()]
-    if sum(channels) != len(source.scales):
-        raise ValueError(
-            f"{source.label} has {len(source.scales)} scales, the linear layers of the base in {files.folder} {sum(channels)} channels"
-        )
-    changed = {}
-    for module, factors in zip(layers.values(), (1 + source.scales).split(channels), strict=True):
-        own = _tensors_of(where[module], stored, files)
+    stored, changed = _by_layer(files), {}
+    for layer, module, factors in factors_by_layer(model, source, files.folder):
+        own = _tensors_of(layer, stored, files)
         types = {name: (_type(tensor.dtype), tensor.shape) for name, (_, tensor) in own.items()}
-        found = row_dimensions(types, len(factors), f"layer {where[module]!r}", is_conv(module))
+        found = row_dimensions(types, len(factors), f"layer {layer!r}", is_conv(module))
         for name, dim in found.items():
             key, tensor = own[name]
             changed[key] = tensor.made_by(partial(_times, files, key, factors, dim))
     return changed
+
+
+def factors_by_layer(
+    model: nn.Module, source: PromptSource, base: Path
+) -> Iterator[tuple[str, nn.Module, torch.Tensor]]:
+    """The name in the model, the linear layer, and the factors of its output channels, of each layer that an adapter scales.
+
+    Raises:
+        `ValueError`: for an adapter with scales of other layers than those of the model.
+    """
+    layers, where = linear_layers(find_decoder(model)), {module: name for name, module in model.named_modules()}
+    channels = [output_channels(module) for module in layers.values()]
+    if sum(channels) != len(source.scales):
+        raise ValueError(
+            f"{source.label} has {len(source.scales)} scales, the linear layers of the base in {base} {sum(channels)} channels"
+        )
+    for module, factors in zip(layers.values(), (1 + source.scales).split(channels), strict=True):
+        yield where[module], module, factors
 
 
 def _times(files: WeightFiles, name: str, factors: torch.Tensor, dim: int) -> torch.Tensor:

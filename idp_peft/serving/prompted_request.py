@@ -129,7 +129,7 @@ class RequestPrompter:
             )
         row = yield from self._rendered(body, template_kwargs)
         chosen = yield from self._choose([row], body.pop(VARIABLE, None))
-        if chosen[0] >= 0:
+        if chosen[0] >= 0 or self.exported.default_prompt is not None:
             body["chat_template_kwargs"] = {**template_kwargs, VARIABLE: chosen[0]}
         return self._never_generating(body, CHAT_FIELDS), chosen
 

@@ -72,9 +72,7 @@ class Router:
         if not isinstance(source.config, IDPConfig):
             method = getattr(source.config.peft_type, "value", source.config.peft_type)
             raise ValueError(f"`adapter` {str(adapter)!r} is a {method} adapter: only IDP chooses between prompts")
-        name = str(base if base is not None else source.base_name or "")
-        if not name:
-            raise ValueError(f"`adapter` {str(adapter)!r} does not say what its base is: pass `base`")
+        name = source.base_or(base)
         layer = _layer(source, name, {"device_map": "cpu", **load_model_kwargs})
         tokenizer = tokenizer_beside(str(adapter), {}, None)
         tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer

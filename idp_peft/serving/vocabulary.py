@@ -45,8 +45,13 @@ class PromptVocabulary:
         return [f"<|idp:{prompt}:{token:0{width}}|>" for token in range(self.lengths[prompt])]
 
     @property
+    def prompts(self) -> list[list[str]]:
+        """The names of every prompt's tokens."""
+        return [self.tokens(prompt) for prompt in range(len(self.lengths))]
+
+    @property
     def all_tokens(self) -> list[str]:
-        return [token for prompt in range(len(self.lengths)) for token in self.tokens(prompt)]
+        return [token for tokens in self.prompts for token in tokens]
 
     def add_to(self, tokenizer) -> None:
         """Give a tokenizer the new tokens, as special ones.
