@@ -15,7 +15,7 @@ from benchmarks.common.processor import has_bfloat16_units
 
 TASKS = ["local_arc_easy", "local_piqa"]
 # Chosen by benchmarks/repair; all get the same text, steps and teacher. The LoRA is as large as the largest bank.
-TRAINING = ["--teacher", "default", "--effort", "quick", "--min_tokens", "256"]
+TRAINING = ["--teacher", "default", "--max_steps", "20", "--min_tokens", "256"]
 KEYS = ["--prompts", "key_values", "--selection", "centroid"]
 METHODS = {
     "IDP, keys and values": KEYS,
@@ -39,8 +39,7 @@ def commands(folder: Path, seed: int, limit: int) -> list[list[str]]:
         name = re.sub(r"\W+", "_", label).lower()
         run = str(folder / name)
         steps.append(["recover", "--model", compressed, *flags, *training, "--output_dir", run])
-        each = ["--each_prompt"] if label.startswith("IDP") else []
-        adapter = ["--adapter", f"{run}/adapter", "--label", label, *each, "--output", str(results / f"{name}.json")]
+        adapter = ["--adapter", f"{run}/adapter", "--label", label, "--output", str(results / f"{name}.json")]
         steps.append(["evaluate", "--model", compressed, *adapter, *measure])
     steps.append(["report", "--results", str(results), "--output_dir", str(folder / "report")])
     return steps
