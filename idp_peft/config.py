@@ -68,6 +68,10 @@ class IDPConfig(PeftConfig):
             Whether one factor per output channel of every linear layer of the decoder is trained beside the prompts
             (`scales.py`). All prompts share them; a row without a prompt gets the base exactly. They can be folded into the
             weights' own row scales.
+        scale_group_size (`int`, *optional*):
+            With `scales=True`: one factor per output channel *and* per so many neighbouring input channels (of a layer whose inputs
+            that does not divide, per output channel). They want the weights in memory as floating point numbers, and fold into
+            quantised weights whose groups are of this size, or divide it. `None`: a factor is for a whole row.
         prompt_names (`list[str]`, *optional*):
             What the prompts are called, one distinct name per prompt: `prompt_ids` then takes names as well as numbers
             (`model(..., prompt_ids=["arc", "boolq", None, "auto"])`), and `last_selection.names` gives them. `"auto"`
@@ -129,6 +133,9 @@ class IDPConfig(PeftConfig):
     prompts: str = field(default="tokens", metadata={"help": f"What a prompt is: one of {_CHOICES['prompts']}."})
     num_frozen_tokens: int = field(default=1, metadata={"help": "Tokens of a key/value prompt that are not trained."})
     scales: bool = field(default=False, metadata={"help": "Train a factor per output channel of the linear layers."})
+    scale_group_size: int | None = field(
+        default=None, metadata={"help": "Input channels that share a factor; None: all."}
+    )
     prompt_names: list[str] | None = field(default=None, metadata={"help": "One distinct name per prompt."})
     selection: str = field(
         default="attention", metadata={"help": f"Who picks a prompt: one of {_CHOICES['selection']}."}
@@ -170,6 +177,10 @@ class IDPConfig(PeftConfig):
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}")
         if not isinstance(self.scales, bool):
             raise ValueError(f"`scales` must be True or False, got {self.scales!r}")
+        if self.scale_group_size is not None:
+            _check_int("scale_group_size", self.scale_group_size, low=1)
+            if not self.scales:
+                raise ValueError(f"`scale_group_size` {self.scale_group_size} needs scales=True, got scales=False")
         _check_int("num_prompts", self.num_prompts, low=1)
         self._check_lengths(from_file)
         self.prompt_names = checked_names(self.prompt_names, self.num_prompts)

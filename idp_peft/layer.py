@@ -20,7 +20,7 @@ from idp_peft.hosting.decoder_copy import evaluating, first_layers
 from idp_peft.key_values import key_value_layout, keys_and_values, layout_width
 from idp_peft.prompt_bank import PromptBank, initial_tokens, same_length
 from idp_peft.prompt_cache import PromptCache, RememberedCache, compute_prompt_cache
-from idp_peft.scales import LinearScaling, linear_layers, output_channels
+from idp_peft.scales import LinearScaling, factor_shapes
 from idp_peft.selection import Selection
 
 _of_this_thread = threading.local()
@@ -81,7 +81,7 @@ class IDPLayer(nn.Module, BaseTunerLayer):
             context_width=sizes.width if config.keeps_centroids else None,
             frozen_tokens=config.frozen_tokens,
             holds_keys=holds_keys,
-            channels=self.scaling.hook() if config.scales else None,
+            factor_shapes=self.scaling.hook(config.scale_group_size) if config.scales else None,
         )
         if not bank.weight.is_meta:
             if config.init_weights and not embeddings.weight.is_meta and (texts is not None or not holds_keys):
@@ -105,8 +105,8 @@ class IDPLayer(nn.Module, BaseTunerLayer):
     def drop_scales(self, name: str) -> None:
         """Take the scales off a bank, once they are in the weights (`models/folding.py`)."""
         bank = self.idp_prompts[name]
-        bank.scales = bank.channels = None
-        self.idp_config[name].scales = False
+        bank.scales = bank.factor_shapes = None
+        self.idp_config[name].scales, self.idp_config[name].scale_group_size = False, None
         self.idp_remembered[name].forget()
         self.scaling.unhook_where_unused()
 
@@ -230,10 +230,11 @@ class IDPLayer(nn.Module, BaseTunerLayer):
 
 
 def bank_sizes(config: IDPConfig, decoder: nn.Module, embeddings: nn.Module) -> BankSizes:
-    """What shapes a bank of this config has on a base: d, P for key/value prompts, and the channels that it scales."""
+    """What shapes a bank of this config has on a base: d, P for key/value prompts, and the number of its factors."""
     width = embedding_width(embeddings)
     prompt_width = width if config.prompts == "tokens" else layout_width(key_value_layout(decoder))
-    return BankSizes(width, prompt_width, sum(map(output_channels, linear_layers(decoder).values())))
+    shapes = factor_shapes(decoder, config.scale_group_size) if config.scales else {}
+    return BankSizes(width, prompt_width, sum(shape.numel() for shape in shapes.values()))
 
 
 def active_layer(model) -> IDPLayer:

@@ -29,9 +29,9 @@ class PromptBank(nn.Embedding):
             prompt is for.
         frozen_tokens (`int`, defaults to 0): how many tokens at the front of each prompt are not trained.
         holds_keys (`bool`, defaults to `False`): whether these are key/value prompts.
-        channels (`list[int]`, *optional*): the output channels of the decoder's linear layers, where the bank scales them. The
-            parameter `scales`, float32 `[sum(channels)]`, is what their factors differ from 1 by, so that weight decay draws
-            the model to the base; `None` otherwise.
+        factor_shapes (`list[torch.Size]`, *optional*): of the factors of each linear layer of the decoder, where the bank scales
+            them. The parameter `scales`, float32 `[C]`, holds what all of them differ from 1 by, layer after layer, so that
+            weight decay draws the model to the base; `None` otherwise.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class PromptBank(nn.Embedding):
         context_width: int | None = None,
         frozen_tokens: int = 0,
         holds_keys: bool = False,
-        channels: list[int] | None = None,
+        factor_shapes: list[torch.Size] | None = None,
     ) -> None:
         trained = sum(lengths) - frozen_tokens * len(lengths)
         super().__init__(trained, embedding_dim, device=device, dtype=torch.float32)
@@ -54,8 +54,8 @@ class PromptBank(nn.Embedding):
             self._register("centroids", torch.float32, len(lengths), context_width, device=device)
             self._register("contexts", torch.long, len(lengths), device=device)
             self.clusters = Clusters(self)
-        self.channels = channels
-        self.scales = None if channels is None else nn.Parameter(torch.zeros(sum(channels), device=device))
+        self.factor_shapes, count = factor_shapes, sum(shape.numel() for shape in factor_shapes or [])
+        self.scales = None if factor_shapes is None else nn.Parameter(torch.zeros(count, device=device))
         self.is_new = True  # no call has used it yet: a failed load removes it
 
     def _register(self, name: str, dtype: torch.dtype, *shape: int, device: torch.device | None) -> None:
@@ -68,7 +68,7 @@ class PromptBank(nn.Embedding):
     @property
     def num_parameters(self) -> int:
         """How many numbers are trained. (A sharded weight has no elements of its own.)"""
-        return self.num_embeddings * self.embedding_dim + sum(self.channels or [])
+        return self.num_embeddings * self.embedding_dim + sum(shape.numel() for shape in self.factor_shapes or [])
 
     @property
     def max_length(self) -> int:
@@ -119,7 +119,7 @@ class PromptBank(nn.Embedding):
         return 1 + self.scales.float() if tokens is None else super().forward(tokens)
 
     def factors(self) -> torch.Tensor:
-        """The factors of the linear layers' output channels, float32 `[C]`; gathered as [`embeddings`] are."""
+        """The factors of the linear layers, float32 `[C]`, layer after layer; gathered as [`embeddings`] are."""
         return 1 + self.scales.full_tensor().float() if is_sharded(self.scales) else self()
 
     def _with_frozen(self, trained: torch.Tensor) -> torch.Tensor:

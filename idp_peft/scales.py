@@ -1,20 +1,23 @@
-"""Scales: one factor per output channel of every linear layer of the decoder, shared by the prompts of a bank.
+"""Scales: factors of the rows of every linear layer of the decoder, shared by the prompts of a bank.
 
-    y = s * (W x + b)        in place of        y = W x + b
+    y = s * (W x + b)              in place of        y = W x + b         one factor per output channel
+    y = (S * W) x + b              in place of        y = W x + b         one factor per output channel and group of inputs
 
 So f of the equation is the base with scaled rows. Hooks on the linear layers apply the factors; no weight changes.
-A factor of an output channel is a factor of a row of W: it can be folded into the row's own scale (`models/folding.py`).
-Source of the idea: IA3 (Liu et al., arXiv 2205.05638).
+A factor of a row of W, or of a part of it, can be folded into the row's own scales (`models/folding.py`).
+Sources of the idea: IA3 (Liu et al., arXiv 2205.05638), and for groups PEQA (Kim et al., arXiv 2305.14152), which trains the
+scales of quantised weights themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from idp_peft.hosting.call import Call, current_call, running, scaling_in_force
 
@@ -33,13 +36,18 @@ class LinearScaling:
         self._handles: list = []
         self._of_graph: Scaling | None = None
 
-    def hook(self) -> list[int]:
-        """Make the linear layers ask for their factors. Returns the output channels of each."""
-        layers = linear_layers(self.layer.decoder)
+    def hook(self, group_size: int | None = None) -> list[torch.Size]:
+        """Make the linear layers ask for their factors. Returns the shapes of these.
+
+        Raises:
+            `ValueError`: for a group size that does not fit the layers.
+        """
+        shapes, layers = factor_shapes(self.layer.decoder, group_size), linear_layers(self.layer.decoder)
         if not self._handles:
             hooks = [_ScaleOutput(self, number, ".experts." in f".{name}") for number, name in enumerate(layers)]
-            self._handles = [one.register_forward_hook(hook) for one, hook in zip(layers.values(), hooks, strict=True)]
-        return [output_channels(one) for one in layers.values()]
+            pairs = zip(layers.values(), hooks, strict=True)
+            self._handles = [one.register_forward_hook(hook, with_kwargs=True) for one, hook in pairs]
+        return list(shapes.values())
 
     def unhook(self) -> None:
         """Take the hooks off the linear layers."""
@@ -102,7 +110,7 @@ class LinearScaling:
         factors = bank.factors()
         if not factors.detach().isfinite().all():
             raise ValueError("the adapter's scales hold NaN or infinity: reload the adapter or lower the learning rate")
-        return Scaling(factors.split(bank.channels))
+        return Scaling(by_layer(factors, bank.factor_shapes))
 
     @property
     def in_force(self) -> Scaling | None:
@@ -132,24 +140,35 @@ class Scaling:
     """The factors of one forward.
 
     Args:
-        factors (`tuple[torch.Tensor]`): float32 `[channels]` of each linear layer.
+        factors (`list[torch.Tensor]`): of each linear layer, float32 `[channels]` or `[channels, groups]`.
         has_prompt (`torch.Tensor`, *optional*): bool `[batch]`: the rows to scale; `None`: all of them.
         tokens (`int`): how many tokens the decoder's rows have.
     """
 
-    factors: tuple[torch.Tensor, ...]
+    factors: list[torch.Tensor]
     has_prompt: torch.Tensor | None = None
     tokens: int = 1
 
-    def apply(self, output: torch.Tensor, number: int, is_routed: bool = False) -> torch.Tensor:
+    def apply(
+        self, output: torch.Tensor, number: int, is_routed: bool = False, given: torch.Tensor | None = None, layer=None
+    ) -> torch.Tensor:
         """The scaled output of linear layer `number`: multiplied in float32, in the output's own type.
 
         Args:
             output (`torch.Tensor`): `[batch, n, channels]` or `[batch * n, channels]`.
             is_routed (`bool`): whether it is some of the tokens, in whatever order a router of experts has them.
+            given (`torch.Tensor`), layer (`nn.Module`): the input and the layer itself, whose weight factors of groups read.
         """
         factor = self.factors[number].to(output.device)
-        if torch.is_grad_enabled():
+        if factor.ndim == 2:
+            weight = dense_weight(layer)
+            if weight.is_meta or len(weight) != len(factor):
+                raise ValueError(
+                    "factors of groups read the weights, and a layer's are not here (offloaded, or in parts under ZeRO-3): keep "
+                    "the base on its device, or set scale_group_size=None"
+                )
+            scaled = output + _OfGroups.apply(given.to(output.dtype), weight, factor)
+        elif torch.is_grad_enabled():
             scaled = (output * factor).to(output.dtype)
         else:
             scaled = torch.mul(output, factor, out=torch.empty_like(output))
@@ -176,9 +195,40 @@ class _ScaleOutput:
         self.scaling, self.number, self.is_routed = scaling, number, is_routed
 
     @torch.compiler.disable
-    def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
         scaling = self.scaling.in_force
-        return None if scaling is None else scaling.apply(output, self.number, self.is_routed)
+        if scaling is None:
+            return None
+        return scaling.apply(output, self.number, self.is_routed, (*args, *kwargs.values())[0], module)
+
+
+class _OfGroups(torch.autograd.Function):
+    """What factors of groups add to a linear layer's output, `((S - 1) * W) x`. It keeps no scaled weight for the backward."""
+
+    @staticmethod
+    def forward(ctx, given: torch.Tensor, weight: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            given (`torch.Tensor`): `[..., in]`, in the output's type.
+            weight (`torch.Tensor`): `[out, in]`, frozen.
+            factors (`torch.Tensor`): float32 `[out, groups]`.
+        """
+        ctx.save_for_backward(given, weight, factors)
+        return linear(given, _OfGroups.change(weight, factors, given.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: torch.Tensor) -> tuple:
+        given, weight, factors = ctx.saved_tensors
+        of_given = gradient @ _OfGroups.change(weight, factors, gradient.dtype) if ctx.needs_input_grad[0] else None
+        of_weight = gradient.flatten(0, -2).T @ given.flatten(0, -2)  # [out, in]
+        of_factors = (of_weight.float() * weight).unflatten(1, (factors.shape[1], -1)).sum(-1)
+        return of_given, None, of_factors
+
+    @staticmethod
+    def change(weight: torch.Tensor, factors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """By how much the weight changes: multiplied in float32."""
+        return (weight.unflatten(1, (factors.shape[1], -1)) * (factors - 1)[..., None]).flatten(1).to(dtype)
 
 
 def linear_layers(decoder: nn.Module) -> dict[str, nn.Module]:
@@ -195,6 +245,50 @@ def linear_layers(decoder: nn.Module) -> dict[str, nn.Module]:
         and output_channels(module) is not None
         and not _holds_layers(module)
     }
+
+
+def factor_shapes(decoder: nn.Module, group_size: int | None = None) -> dict[str, torch.Size]:
+    """The shape of the factors of each of a decoder's linear layers, by name: `[channels]`, or `[channels, groups]`.
+
+    Args:
+        group_size (`int`, *optional*): how many neighbouring inputs share a factor; `None`: all of them. Of a layer whose inputs it
+            does not divide, all share one.
+
+    Raises:
+        `ValueError`: where it divides no layer's inputs, or a layer's weight is packed in memory.
+    """
+    shapes = {}
+    for name, module in linear_layers(decoder).items():
+        shapes[name] = torch.Size([output_channels(module)])
+        if group_size is not None:
+            inputs = module.nx if is_conv(module) else module.in_features
+            dense_weight(module, name)
+            shapes[name] = torch.Size([*shapes[name], 1 if inputs % group_size else inputs // group_size])
+    if group_size is not None and not any(groups > 1 for _, groups in shapes.values()):
+        raise ValueError(f"`scale_group_size` must divide the inputs of linear layers, got {group_size}")
+    return shapes
+
+
+def by_layer(scales: torch.Tensor, shapes: Iterable[torch.Size]) -> list[torch.Tensor]:
+    """The scales of an adapter, `[C]`, as parts of the given shapes."""
+    shapes = list(shapes)
+    parts = scales.split([shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def dense_weight(module: nn.Module, name: str = "a linear layer") -> torch.Tensor:
+    """A linear layer's weight, `[out, in]`.
+
+    Raises:
+        `ValueError`: where it is packed, or elsewhere.
+    """
+    weight = getattr(module, "weight", None)
+    if type(weight) not in (torch.Tensor, nn.Parameter) or not weight.is_floating_point() or weight.element_size() < 2:
+        raise ValueError(
+            f"factors of groups read the weights, and those of {name} are packed ({type(module).__name__}): load the base unpacked, "
+            "or set scale_group_size=None"
+        )
+    return weight.T if is_conv(module) else weight
 
 
 def is_conv(module: nn.Module) -> bool:

@@ -76,6 +76,9 @@ class RecoverOptions:
     selection_reduction: Literal["mean", "sum"] = _option("mean", "Score of a prompt: mean or sum over its tokens.")
     assignment: Literal["uniform", "selected", "all"] = _option("selected", "Which prompt a training example trains.")
     scales: bool = _option(True, "Also train a factor per output channel of every linear layer, shared by the prompts.")
+    scale_group_size: int | None = _option(
+        None, "Inputs that share a factor of the scales (default: all of a row); 64 or 128, as in quantised weights."
+    )
     scales_learning_rate: float | None = _option(None, "Peak learning rate of the scales (default: their own).")
     init: Literal["vocab", "random", "corpus"] = _option(
         "corpus",

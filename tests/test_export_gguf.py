@@ -107,6 +107,14 @@ def test_a_factor_per_row_goes_into_the_scales_of_its_blocks_alone(name):
         changed = (after != data).reshape(len(data), 2, -1).any((0, 1))
         assert set(changed.nonzero()[0]) <= places, "quantised numbers stay as they are"
     assert np.array_equal(after[3], data[3]), "a factor of 1 changes nothing"
+    by_group = np.stack([factors, factors[::-1]], axis=1)  # two of 256 numbers in a row of 512
+    expected = before * by_group.repeat(before.shape[1] // 2, 1)
+    assert (
+        np.abs(decoded(scaled(data, Kind[name], by_group, "it"), Kind[name]) - expected).max()
+        <= np.abs(before).max() / 256
+    )
+    with pytest.raises(ValueError, match=r"it of type \w+ has \d+ block\(s\) in a row, and 5 factors go in there"):
+        scaled(data, Kind[name], np.ones((5, 5), np.float32), "it")
 
 
 def test_what_cannot_take_a_factor_is_refused_by_name():
@@ -139,19 +147,19 @@ def test_a_type_without_an_encoder_and_rows_of_half_a_block_are_refused():
 # ---------------------------------------------------------------------- what an engine says
 
 
-@pytest.mark.parametrize("scales", [False, True])
+@pytest.mark.parametrize("scales", [None, {}, {"scale_group_size": 8}])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt2"])
 @torch.no_grad()
 def test_llama_cpp_says_what_the_adapter_says(tmp_path, name, tied, scales):
     from tests.llama_cpp import LlamaServer
 
-    one = on_file(tmp_path, scales, name=name, tied=tied, sentencepiece=name == "gemma2")
+    one = on_file(tmp_path, scales is not None, scales, name=name, tied=tied, sentencepiece=name == "gemma2")
     exported = one.export(tmp_path / "served")
     server = LlamaServer(tmp_path / "served" / "model.gguf")
     for prompt, tokens in enumerate(exported.token_ids):
         assert one.would_say(prompt, server.says(tokens + IDS))
-    if not scales:
+    if scales is None:
         assert one.would_say(-1, said := server.says(IDS))
         assert said == LlamaServer(one.file).says(IDS), "without a prompt it is the base"
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import idp_peft
 from idp_peft import IDPConfig
 from idp_peft.hosting.architectures import find_decoder
-from idp_peft.models.folding import row_dimensions, rows_of
+from idp_peft.models.folding import check_groups, group_order, row_dimensions, rows_of
 from idp_peft.scales import linear_layers
 from idp_peft.serving import Router, VllmPrompts, export_folded, export_to_vocab
 from idp_peft_cli import main
@@ -66,14 +66,15 @@ def difference(left: torch.Tensor, right: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_folded_model_gives_what_the_scaled_one_gave(name):
-    model = scaled(tiny(name))
+@pytest.mark.parametrize("group", [None, 8])
+def test_the_folded_model_gives_what_the_scaled_one_gave(name, group):
+    model = scaled(tiny(name), scale_group_size=group)
     before = logits(model)
     assert difference(logits(tiny_with_prompts(model, name)), before) > 0.01, "the scales change nothing"
     model.fold_scales()
     assert difference(logits(model), before) <= FLOAT32
     config = model.peft_config["default"]
-    assert (bank_of(model).scales, config.scales) == (None, False)
+    assert (bank_of(model).scales, config.scales, config.scale_group_size) == (None, False, None)
     for _, module in model.named_modules():
         assert not any(type(hook).__name__ == "_ScaleOutput" for hook in module._forward_hooks.values())
     with torch.no_grad(), model.disable_adapter():
@@ -266,6 +267,43 @@ def test_bitsandbytes_blocks_that_cross_rows_are_refused():
         rows_of(layer, "it")
 
 
+@pytest.mark.parametrize("name", ["GPTQ", "compressed-tensors", "bitsandbytes", "HQQ", "scales of rows"])
+def test_factors_of_groups_go_to_the_scales_of_their_groups(name):
+    """Rows of 32 inputs in four groups of 8, of two factors each."""
+    factors = torch.arange(1.0, 17.0).view(8, 2)
+    layer = {"HQQ": lambda: hqq_layer(group=8)}.get(name, nn.Module)()
+    layer.in_features, layer.out_features = 32, 8
+    each = factors.repeat_interleave(2, 1)  # [channels, groups of the format]
+    if name == "GPTQ":
+        layer.qweight, layer.scales = torch.zeros(4, 8, dtype=torch.int32), torch.ones(4, 8)
+        layer.g_idx, each = torch.arange(32) // 8, each.T
+    elif name == "bitsandbytes":
+        layer.weight = nn.Parameter(torch.zeros(128, 1, dtype=torch.uint8), requires_grad=False)
+        layer.weight.quant_state = SimpleNamespace(
+            shape=torch.Size([8, 32]), blocksize=8, absmax=torch.ones(32), nested=False
+        )
+        each = each.flatten()
+    elif name == "HQQ":
+        each = each.reshape(-1, 1)
+    else:
+        layer.weight_packed = torch.zeros(8, 4, dtype=torch.int32)
+        layer.weight_scale = torch.ones(8, 1 if name == "scales of rows" else 4)
+    for key in ("qweight", "scales", "g_idx", "weight_packed", "weight_scale"):
+        if hasattr(layer, key):
+            layer.register_buffer(key, layer.__dict__.pop(key))
+    (rows,) = rows_of(layer, "it")
+    if name == "scales of rows":
+        with pytest.raises(ValueError, match=r"it has 1 scale\(s\) in a row, and 2 factors go in there: .* multiple"):
+            check_groups(factors, [rows.blocks], group_order(layer), "it")
+        return
+    check_groups(factors, [rows.blocks], group_order(layer), "it")
+    assert torch.equal(rows.scaled(factors), each)
+    if name == "GPTQ":
+        layer.g_idx = torch.randperm(32, generator=torch.Generator().manual_seed(0)) // 8
+        with pytest.raises(ValueError, match="it has inputs in groups that are no neighbours"):
+            check_groups(factors, [rows.blocks], group_order(layer), "it")
+
+
 # ------------------------------------------------------------------ refused before anything changes
 
 
@@ -321,16 +359,18 @@ def adapter(base: str, **config):
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gpt_neox", "phi3", "gemma2"])
-@pytest.mark.parametrize("prompts", ["tokens", "key_values"])
-def test_a_folded_folder_gives_what_the_adapter_gives(here, name, prompts):
+@pytest.mark.parametrize(
+    "config", [{"prompts": "tokens"}, {"prompts": "key_values"}, {"prompts": "tokens", "scale_group_size": 8}]
+)
+def test_a_folded_folder_gives_what_the_adapter_gives(here, name, config):
     tiny_folder(here / "base", name)
-    model = adapter("base", prompts=prompts)
+    model = adapter("base", **config)
     before = {name: tensor for path in Path("base").glob("*.safetensors") for name, tensor in load_file(path).items()}
     export_folded("adapter", "folded")
     base = AutoModelForCausalLM.from_pretrained("folded", dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, "folded/idp_adapter").eval()
     assert difference(logits(loaded, "right"), logits(model, "right")) <= FLOAT32
-    assert not loaded.peft_config["default"].scales
+    assert (loaded.peft_config["default"].scales, loaded.peft_config["default"].scale_group_size) == (False, None)
     assert json.loads(Path("folded/idp_adapter/adapter_config.json").read_text())["base_model_name_or_path"] == str(
         here / "folded"
     )
@@ -425,16 +465,19 @@ def test_layers_that_a_checkpoint_keeps_together_are_refused(here):
 
 
 @pytest.mark.skipif(not installed("llmcompressor"), reason="llm-compressor is not installed")
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    ("symmetric", "config"),
+    [(False, {"prompts": "key_values"}), (True, {"prompts": "key_values"}), (True, {"scale_group_size": 16})],
+)
 @pytest.mark.parametrize("recipe", ["gptq-3bit", "gptq-4bit", "sparsegpt-50"])
-def test_packed_words_and_zeros_keep_every_bit(here, recipe, symmetric):
+def test_packed_words_and_zeros_keep_every_bit(here, recipe, symmetric, config):
     from idp_peft.compression import compress
     from idp_peft.models.loading import load_model
 
     tiny_folder(here / "dense")
     settings = {"group_size": 16, "symmetric": symmetric} if "gptq" in recipe else {}
     compress("dense", recipe, "base", tiny_texts(), calibration_samples=16, calibration_tokens=24, **settings)
-    model = scaled(load_model("base"), prompts="key_values")
+    model = scaled(load_model("base"), **config)
     model.save_pretrained("adapter")
     expected = logits(model)
     export_folded("adapter", "folded", "base")

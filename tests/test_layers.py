@@ -76,7 +76,7 @@ EVERYTHING = modules("idp_peft", "idp_peft_cli", "benchmarks")
 def test_the_method_is_in_eight_files_and_what_goes_beyond_the_paper_in_files_of_its_own():
     top = {path.stem for path in (ROOT / "idp_peft").glob("*.py")} - {"__init__"}
     assert top == {*CORE, *BEYOND}
-    assert sum(len((ROOT / "idp_peft" / f"{name}.py").read_text().splitlines()) for name in CORE) <= 1980
+    assert sum(len((ROOT / "idp_peft" / f"{name}.py").read_text().splitlines()) for name in CORE) <= 2000
 
 
 def test_every_folder_has_its_place():

@@ -31,6 +31,7 @@ from tests.tiny_folder import tiny_folder
 
 TOLERANCE = 1e-4  # fp32, docs/method.md, promise 1
 KEY_VALUES = {"prompts": "key_values", "init_weights": False}
+GROUPS = {"scale_group_size": 8}
 OLD = Path(__file__).parent / "files" / "adapter-before-centroids"
 architectures = pytest.mark.parametrize("name", NAMES)
 sides = pytest.mark.parametrize("side", ["left", "right"])
@@ -47,22 +48,26 @@ def linears(base) -> dict[str, nn.Module]:
     }
 
 
-def scaled_weights(base, factors: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The weights of the linear layers, each row times its factor: a row makes one output channel. With gradients."""
+def scaled_weights(base, factors: torch.Tensor, group: int | None = None) -> dict[str, torch.Tensor]:
+    """The weights of the linear layers, each row times its factor, or each group of a row: a row makes one output channel. With
+    gradients."""
     modules = linears(base)
-    sizes = [m.weight.shape[1] if isinstance(m, Conv1D) else m.weight.shape[0] for m in modules.values()]
+    rows = [module.weight.T if isinstance(module, Conv1D) else module.weight for module in modules.values()]
+    groups = [1 if group is None or weight.shape[1] % group else weight.shape[1] // group for weight in rows]
+    parts = factors.split([len(weight) * count for weight, count in zip(rows, groups, strict=True)])
     scaled = {}
-    for (name, module), factor in zip(modules.items(), factors.split(sizes), strict=True):
-        scaled[f"{name}.weight"] = module.weight * (factor if isinstance(module, Conv1D) else factor[:, None])
-        if module.bias is not None:
+    for (name, module), weight, count, factor in zip(modules.items(), rows, groups, parts, strict=True):
+        weight = weight * factor.view(-1, count).repeat_interleave(weight.shape[1] // count, 1)
+        scaled[f"{name}.weight"] = weight.T if isinstance(module, Conv1D) else weight
+        if module.bias is not None and group is None:
             scaled[f"{name}.bias"] = module.bias * factor
     return scaled
 
 
 @torch.no_grad()
-def multiply_by_hand(base, factors: torch.Tensor):
+def multiply_by_hand(base, factors: torch.Tensor, group: int | None = None):
     parameters = dict(base.named_parameters())
-    for name, value in scaled_weights(base, factors).items():
+    for name, value in scaled_weights(base, factors, group).items():
         parameters[name].copy_(value)
     return base
 
@@ -94,12 +99,12 @@ def plain(make):
     """plain(model, name, ...) -> the reference of a model with scales: the same prompts without scales, on a base of its own
     whose rows were multiplied by hand. (By ones: a base as it was.)"""
 
-    def build(model, name: str = "llama", *args, by_hand: bool = True, **config):
+    def build(model, name: str = "llama", *args, by_hand: bool = True, scale_group_size: int | None = None, **config):
         reference, bank = make(name, *args, **config), bank_of(model)
         with torch.no_grad():
             bank_of(reference).weight.copy_(bank.weight)
             if by_hand:
-                multiply_by_hand(reference.get_base_model(), 1 + bank.scales)
+                multiply_by_hand(reference.get_base_model(), 1 + bank.scales, scale_group_size)
         return reference
 
     return build
@@ -121,6 +126,8 @@ BANKS = {
     "one token prompt": ("eager", {"num_prompts": 1}),
     "four key/value prompts": ("eager", KEY_VALUES),
     "one key/value prompt": ("sdpa", {**KEY_VALUES, "num_prompts": 1}),
+    "token prompts, factors of groups": ("sdpa", GROUPS),
+    "key/value prompts, factors of groups": ("eager", {**KEY_VALUES, **GROUPS}),
 }
 
 
@@ -190,10 +197,57 @@ def test_every_linear_layer_of_the_decoder_is_scaled_and_the_head_is_not(scaled)
         model = scaled(name)
         bank = bank_of(model)
         modules = linears(model.get_base_model())
-        assert len(bank.channels) == len(modules)
+        assert len(bank.factor_shapes) == len(modules)
         assert bank.num_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert all(len(module._forward_hooks) == 1 for module in modules.values())
         assert not model.get_output_embeddings()._forward_hooks
+
+
+FITS_NOT = {
+    "a size that does not divide": (
+        lambda base: None,
+        7,
+        "`scale_group_size` must divide the inputs of linear layers, got 7",
+    ),
+    "packed weights": (
+        lambda base: setattr(
+            base.model.layers[1].mlp.up_proj, "weight", nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), False)
+        ),
+        8,
+        r"factors of groups read the weights, and those of layers\.1\.mlp\.up_proj are packed \(Linear\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("why", FITS_NOT)
+def test_factors_of_groups_that_do_not_fit_are_refused_and_the_base_stays_as_it_was(why):
+    change, size, message = FITS_NOT[why]
+    base = tiny("llama")
+    change(base)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, IDPConfig(task_type="CAUSAL_LM", scales=True, scale_group_size=size))
+    assert not any(module._forward_hooks for module in base.modules())
+    assert not hasattr(base.model, "idp")
+
+
+@torch.no_grad()
+def test_factors_of_groups_without_a_weight_at_hand_are_one_error(scaled):
+    model = scaled(**GROUPS)
+    layer = model.get_base_model().model.layers[1].mlp.up_proj
+    layer.weight, layer.forward = (
+        nn.Parameter(layer.weight.to("meta"), False),
+        lambda hidden: hidden.repeat(1, 1, 2)[..., :48],
+    )
+    with pytest.raises(ValueError, match="factors of groups read the weights, and a layer's are not here"):
+        model(input_ids=token_batch([5])[0])
+
+
+def test_factors_of_groups_start_as_the_base_exactly(make):
+    model, base = make("llama", scales=True, **GROUPS), tiny("llama")
+    hidden = torch.randn(2, 5, 32)
+    layer = model.base_model.layer
+    with torch.no_grad(), layer.scaling.everywhere():
+        assert torch.equal(model.get_base_model().model.layers[0].mlp(hidden), base.model.layers[0].mlp(hidden))
 
 
 @pytest.mark.parametrize("layer", [1, -1])
@@ -484,7 +538,9 @@ def gradients(model, loss: torch.Tensor) -> list[torch.Tensor]:
     return [bank_of(model).scales.grad.clone(), bank_of(model).weight.grad.clone()]
 
 
-def expected_of(reference, scales: torch.Tensor, loss_of) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def expected_of(
+    reference, scales: torch.Tensor, loss_of, group: int | None = None
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """A loss and its gradients, by autograd alone: of the adapter without scales on weights that are a function of them.
 
     Args:
@@ -492,7 +548,7 @@ def expected_of(reference, scales: torch.Tensor, loss_of) -> tuple[torch.Tensor,
         loss_of: the loss, of a function that calls the model.
     """
     leaf = scales.detach().clone().requires_grad_()
-    weights = scaled_weights(reference, 1 + leaf)
+    weights = scaled_weights(reference, 1 + leaf, group)
 
     def call(**arguments):
         return torch.func.functional_call(reference, weights, kwargs=arguments)
@@ -509,12 +565,13 @@ CHECKPOINTING = {"not reentrant": {"use_reentrant": False}, "reentrant": {"use_r
 
 
 @architectures
-def test_gradients_are_those_of_the_scaled_rows_on_every_path(scaled, plain, name):
+@pytest.mark.parametrize("group", [None, 8])
+def test_gradients_are_those_of_the_scaled_rows_on_every_path(scaled, plain, name, group):
     """Behind a shared prompt cache, and prepended under both kinds of gradient checkpointing."""
-    model = scaled(name).train()
+    model = scaled(name, scale_group_size=group).train()
     reference = plain(model, name, by_hand=False).train()
     call = labelled() | {"prompt_ids": torch.tensor([2, 0, 2])}
-    loss, expected = expected_of(reference, bank_of(model).scales, lambda model: model(**call).loss)
+    loss, expected = expected_of(reference, bank_of(model).scales, lambda model: model(**call).loss, group)
     assert all(gradient.abs().max() > 1e-4 for gradient in expected)
     with torch.no_grad():
         assert torch.allclose(model.eval()(**call).loss, loss, rtol=1e-5), "training is inference"
@@ -534,15 +591,18 @@ def test_gradients_are_those_of_the_scaled_rows_on_every_path(scaled, plain, nam
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("config", [{"assignment": "all"}, KEY_VALUES, {"assignment": "selected"}])
+@pytest.mark.parametrize(
+    "config", [{"assignment": "all"}, KEY_VALUES, {"assignment": "selected"}, {**KEY_VALUES, **GROUPS}]
+)
 def test_gradients_of_other_banks_and_assignments(scaled, plain, name, config):
     model = scaled(name, **config).train()
     reference = plain(model, name, by_hand=False, **config).train()
-    loss, expected = expected_of(reference, bank_of(model).scales, lambda model: model(**labelled()).loss)
+    group = config.get("scale_group_size")
+    loss, expected = expected_of(reference, bank_of(model).scales, lambda model: model(**labelled()).loss, group)
     found = model(**labelled()).loss
     assert torch.allclose(found, loss, rtol=1e-5)
     assert same(gradients(model, found), expected)
-    if config is not KEY_VALUES:
+    if "prompts" not in config:
         model.gradient_checkpointing_enable(CHECKPOINTING["not reentrant"])
         assert same(gradients(model, model(**labelled()).loss), expected)
 
@@ -918,7 +978,7 @@ def test_a_router_by_centroids_loads_no_layer_and_a_router_refuses_scales_of_ano
     model(input_ids=ids, attention_mask=mask)
     assert torch.equal(router.select(ids, mask).prompt_ids, model.last_selection.prompt_ids)
     scaled("phi").save_pretrained(tmp_path / "phi")
-    with pytest.raises(ValueError, match=r"has \d+ scales, the base's linear layers have \d+ channels"):
+    with pytest.raises(ValueError, match=r"has \d+ scales, the base's linear layers have \d+ factors"):
         Router.from_pretrained(tmp_path / "phi", tmp_path / "base")
 
 

@@ -73,9 +73,8 @@ def planned(options: argparse.Namespace) -> list[dict]:
     cells = []
     for steps, text, seed in product(options.steps, options.texts, options.seeds):
         for contender, settings in STUDIES[text].items():
-            wanted = options.contenders is None or any(contender.startswith(name) for name in options.contenders)
             name = f"steps{steps}.seed{seed}"
-            if wanted and name not in Cells(options.results, f"{text}/{slug(contender)}").read():
+            if _is_wanted(contender, options) and name not in Cells(options.results, f"{text}/{slug(contender)}").read():
                 rate = rates.get(LIKE.get(contender, contender))
                 cell = {"text": text, "contender": contender, "settings": settings, "steps": steps, "seed": seed}
                 cells.append({**cell, "name": name, "rate": rate, "split": "held_out"})
@@ -89,6 +88,8 @@ def tuning(options: argparse.Namespace) -> list[dict]:
 
     cells = []
     for (contender, rates), steps in product(RATES.items(), options.steps):
+        if not _is_wanted(contender, options):
+            continue
         done = Cells(options.results, f"tuning/{slug(contender)}").read()
         settings = STUDIES["wiki"][contender]
         for rate in rates:
@@ -97,6 +98,10 @@ def tuning(options: argparse.Namespace) -> list[dict]:
             cells.append({**cell, "name": f"steps{steps}.rates{rate}", "rate": rate, "split": "validation"})
         cells = [cell for cell in cells if cell["contender"] != contender or cell["name"] not in done]
     return cells
+
+
+def _is_wanted(contender: str, options: argparse.Namespace) -> bool:
+    return options.contenders is None or any(contender.startswith(name) for name in options.contenders)
 
 
 if __name__ == "__main__":

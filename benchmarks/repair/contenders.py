@@ -6,10 +6,13 @@ KEYS = {"prompts": "key_values", "num_prompts": 1, "scales": False}
 TOKENS = {"prompts": "tokens", "num_prompts": 1, "scales": False}
 BANK = {"prompts": "key_values", "num_prompts": 6, "selection": "centroid", "scales": False}
 SCALES = {"scales": True}
+GROUPS = {"scales": True, "scale_group_size": 64}  # that of the quantised weights
 
 # One kind of text. A LoRA "of the size" has as many parameters as the key/value prompt of 32 tokens.
 ONE_KIND = {
     "key/value prompt of 32 + scales": {**KEYS, **SCALES},
+    "key/value prompt of 32 + scales of groups": {**KEYS, **GROUPS},
+    "token prompt of 32 + scales of groups": {**TOKENS, **GROUPS},
     "LoRA of rank 16": {"method": "lora"},
     "key/value prompt of 32": KEYS,
     "LoRA of the size": {"method": "lora", "match_budget": True, **KEYS},
@@ -46,6 +49,8 @@ RATES = {
         (3e-3, 1e-2),
         (3e-2, 1e-2),
     ],
+    "key/value prompt of 32 + scales of groups": [(1e-2, 1e-3), (1e-2, 3e-3), (1e-2, 1e-2)],
+    "token prompt of 32 + scales of groups": [(3e-2, 1e-3), (3e-2, 3e-3), (3e-2, 1e-2)],
     "LoRA of rank 16": [3e-4, 1e-3, 2e-3, 4e-3],
     "key/value prompt of 32": [3e-3, 1e-2, 3e-2],
     "LoRA of the size": [1e-3, 2e-3, 4e-3, 8e-3],

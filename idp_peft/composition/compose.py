@@ -27,6 +27,7 @@ _GIVEN = {
     "prompts": "adapters",
     "num_frozen_tokens": "adapters",
     "scales": "adapters",
+    "scale_group_size": "adapters",
     "base_model_name_or_path": "base_model",
     "init": "adapters",
 }
@@ -105,7 +106,7 @@ def compose(adapters, output_dir, names=None, base_model=None, **config_fields) 
         task_type=TaskType.CAUSAL_LM,
         init_weights=False,
         **keys,
-        scales=_have_scales(sources),
+        **_scales(sources),
         num_prompts=len(prompts),
         num_virtual_tokens=lengths[0] if len(set(lengths)) == 1 else lengths,
         prompt_names=names,
@@ -225,16 +226,18 @@ def _read(adapters) -> list[PromptSource]:
     return sources
 
 
-def _have_scales(sources: list[PromptSource]) -> bool:
-    """Whether the new bank has scales: those that all adapters have alike. A bank's scales are shared by its prompts."""
-    for source in sources[1:]:
+def _scales(sources: list[PromptSource]) -> dict:
+    """The new bank's scales: those that all adapters have alike. A bank's scales are shared by its prompts."""
+    sizes = [getattr(source.config, "scale_group_size", None) for source in sources]
+    for source, size in zip(sources[1:], sizes[1:], strict=True):
         first, other = sources[0].scales, source.scales
-        if (first is None) != (other is None) or (first is not None and not torch.equal(first, other)):
+        unlike = size != sizes[0] or (first is None) != (other is None)
+        if unlike or (first is not None and not torch.equal(first, other)):
             raise ValueError(
                 f"{sources[0].label} and {source.label} scale the base's linear layers differently, and the prompts of one bank "
                 "share their scales: compose adapters without scales, or prompts that were trained on the same ones"
             )
-    return sources[0].scales is not None
+    return {"scales": sources[0].scales is not None, "scale_group_size": sizes[0]}
 
 
 def _frozen(sources: list[PromptSource]) -> int:

@@ -20,6 +20,7 @@ from idp_peft.files.error_reason import reason
 from idp_peft.hosting.checkpoint import BankSizes, bank_tensors, check_shapes, find_file
 from idp_peft.hosting.prompt_ids import AUTO
 from idp_peft.prompt_bank import PromptBank
+from idp_peft.scales import by_layer, factor_shapes
 
 # What puts embeddings, or keys and values, and nothing else, in front of the input.
 _TOKENS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
@@ -40,7 +41,7 @@ class PromptSource:
         model (`nn.Module`, *optional*): the base that the adapter is loaded on.
         centroids (`torch.Tensor`, *optional*): float32 `[prompts, d]`, what inputs each prompt is for, where the adapter
             says so; and contexts (`torch.Tensor`, *optional*): int64 `[prompts]`, by how many it was learned.
-        scales (`torch.Tensor`, *optional*): float32 `[C]`, what the factors of the linear layers' output channels differ from 1
+        scales (`torch.Tensor`, *optional*): float32 `[C]`, what the factors of the linear layers differ from 1
             by, where it has such.
     """
 
@@ -74,6 +75,19 @@ class PromptSource:
     def base_name(self) -> str | None:
         """The base that the adapter names, or the one it is loaded on; `None` where neither has a name."""
         return self.config.base_model_name_or_path or getattr(self.model, "name_or_path", None) or None
+
+    def scales_by_layer(self, decoder: nn.Module) -> list[torch.Tensor]:
+        """Its scales, in the shape that each linear layer of a base's decoder has them.
+
+        Raises:
+            `ValueError`: for scales of other layers than those.
+        """
+        shapes = factor_shapes(decoder, self.config.scale_group_size).values()
+        if (wanted := sum(shape.numel() for shape in shapes)) != len(self.scales):
+            raise ValueError(
+                f"{self.label} has {len(self.scales)} scales, the base's linear layers have {wanted} factors"
+            )
+        return by_layer(self.scales, shapes)
 
     def base_or(self, given) -> str:
         """The base that a caller gives, else the one that the adapter names.

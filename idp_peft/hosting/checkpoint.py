@@ -27,12 +27,12 @@ class BankSizes(NamedTuple):
     Args:
         width (`int`): d, the width of the base's input embeddings.
         prompt_width (`int`): numbers per token of a prompt; d for token prompts.
-        channels (`int`, *optional*): the output channels of all linear layers of the decoder; `None` where the base is not known.
+        factors (`int`, *optional*): how many factors the linear layers of the decoder have; `None` where the base is not known.
     """
 
     width: int
     prompt_width: int
-    channels: int | None = None
+    factors: int | None = None
 
 
 def check_weights(
@@ -187,7 +187,7 @@ def _beside_prompts(config, sizes: BankSizes) -> dict[str, tuple[int | None, ...
     if config.frozen_tokens:
         beside["frozen"] = (config.num_prompts * config.frozen_tokens, sizes.prompt_width)
     if config.scales:
-        beside["scales"] = (sizes.channels,)
+        beside["scales"] = (sizes.factors,)
     return beside
 
 

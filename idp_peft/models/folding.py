@@ -1,4 +1,4 @@
-"""Writes an adapter's scales into the weights: a factor of an output channel is a factor of a row, whatever the format.
+"""Writes an adapter's scales into the weights: a factor is one of a row, or of a part of it, whatever the format.
 
 Packed words keep every bit, and zeros stay zero: of a quantised row only its scales change, rounded to their own type.
 No LoRA can be written into packed weights.
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from idp_peft.layer import active_layer
-from idp_peft.scales import is_conv, linear_layers, output_channels
+from idp_peft.scales import by_layer, is_conv, linear_layers, output_channels
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -25,15 +25,22 @@ class Rows:
 
     Args:
         tensor (`torch.Tensor`): what is multiplied.
-        spread (`Callable`): the factors `[channels]` in a shape that goes with the tensor's.
+        blocks (`int`, *optional*): how many numbers it has for a row, each of as many neighbouring inputs; `None` for a bias, which
+            factors of groups leave as it is.
+        arrange (`Callable`): numbers `[channels, blocks]` in a shape that goes with the tensor's.
     """
 
     tensor: torch.Tensor
-    spread: Callable[[torch.Tensor], torch.Tensor]
+    blocks: int | None
+    arrange: Callable[[torch.Tensor], torch.Tensor]
 
     def scaled(self, factors: torch.Tensor) -> torch.Tensor:
-        """The tensor times its factors, multiplied in float32 (or float64), in its own type."""
-        factors = self.spread(factors.to(self.tensor.device))
+        """The tensor times its factors `[channels]` or `[channels, groups]`, multiplied in float32 (or float64), in its own type."""
+        if factors.ndim == 2 and self.blocks is None:
+            return self.tensor
+        factors, blocks = factors.to(self.tensor.device), self.blocks or 1
+        by_row = factors if factors.ndim == 2 else factors[:, None]
+        factors = self.arrange(by_row.repeat_interleave(blocks // by_row.shape[1], 1))
         wide = torch.float64 if self.tensor.dtype == torch.float64 else torch.float32
         return (self.tensor.to(wide) * factors).to(self.tensor.dtype)
 
@@ -85,10 +92,13 @@ def fold_scales(model) -> None:
         )
     layers = linear_layers(layer.decoder)
     _refuse_shared(layer.model, layers)
-    todo = [rows_of(module, f"layer {place!r}") for place, module in layers.items()]
-    for found, factors in zip(todo, bank.factors().split(bank.channels), strict=True):
-        for rows in found:
-            rows.write(factors)
+    todo = []
+    for (place, module), factors in zip(layers.items(), by_layer(bank.factors(), bank.factor_shapes), strict=True):
+        found = rows_of(module, f"layer {place!r}")
+        check_groups(factors, [rows.blocks for rows in found], group_order(module), f"layer {place!r}")
+        todo += [(rows, factors) for rows in found]
+    for rows, factors in todo:
+        rows.write(factors)
     layer.drop_scales(name)
 
 
@@ -109,7 +119,7 @@ def rows_of(module: nn.Module, place: str) -> list[Rows]:
     """
     channels, weight = output_channels(module), getattr(module, "weight", None)
     own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-    bias = [Rows(own["bias"].data, lambda factors: factors)] if own.get("bias") is not None else []
+    bias = [along("bias", own["bias"].data, 0)] if own.get("bias") is not None else []
     if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):
         return [*_bitsandbytes(module, channels, place), *bias]
     if hasattr(module, "W_q") and isinstance(getattr(module, "meta", None), dict):
@@ -119,7 +129,7 @@ def rows_of(module: nn.Module, place: str) -> list[Rows]:
     names = row_dimensions(
         {name: (t.dtype, tuple(t.shape)) for name, t in own.items()}, channels, place, is_conv(module)
     )
-    return [Rows(own[name].data, along(dim, own[name].ndim)) for name, dim in names.items()]
+    return [along(name, own[name].data, dim) for name, dim in names.items()]
 
 
 def row_dimensions(
@@ -166,11 +176,42 @@ def row_dimensions(
     return found
 
 
-def along(dim: int, ndim: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Factors `[channels]` in a shape that goes with dimension `dim` of a tensor of `ndim` dimensions."""
-    shape = [1] * ndim
-    shape[dim] = -1
-    return lambda factors: factors.view(shape)
+def along(name: str, tensor: torch.Tensor, dim: int) -> Rows:
+    """A layer's tensor of this name, along whose dimension `dim` the output channels run."""
+    arrange = torch.flatten if tensor.ndim == 1 else torch.Tensor.contiguous if dim == 0 else torch.t
+    return Rows(tensor, blocks_of(name, tensor.shape, dim), arrange)
+
+
+def blocks_of(name: str, shape: tuple[int, ...], dim: int) -> int | None:
+    """How many numbers a layer's tensor of one or two dimensions has for an output channel; `None` for a bias."""
+    return None if name == "bias" else 1 if len(shape) == 1 else shape[1 - dim % 2]
+
+
+def group_order(module: nn.Module) -> torch.Tensor | None:
+    """The group of each input, of formats that say it (GPTQ, which may order the inputs by their activations)."""
+    order = getattr(module, "g_idx", None)
+    return getattr(module, "weight_g_idx", None) if order is None else order
+
+
+def check_groups(factors: torch.Tensor, blocks: list[int | None], order: torch.Tensor | None, place: str) -> None:
+    """Raise where factors of groups of neighbouring inputs cannot be written into so many numbers of a row.
+
+    Args:
+        factors (`torch.Tensor`): `[channels]` or `[channels, groups]`.
+        order (`torch.Tensor`, *optional*): see [`group_order`].
+        place (`str`): what an error calls the layer.
+    """
+    if factors.ndim == 1:
+        return
+    if order is not None and (order.diff() < 0).any():
+        raise ValueError(
+            f"{place} has inputs in groups that are no neighbours (`desc_act`), and the adapter's factors are of neighbours"
+        )
+    if coarse := [count for count in blocks if count is not None and count % factors.shape[1]]:
+        raise ValueError(
+            f"{place} has {coarse[0]} scale(s) in a row, and {factors.shape[1]} factors go in there: train with a "
+            "`scale_group_size` that is a multiple of the quantisation's group size"
+        )
 
 
 def _bitsandbytes(module: nn.Module, channels: int, place: str) -> list[Rows]:
@@ -179,7 +220,7 @@ def _bitsandbytes(module: nn.Module, channels: int, place: str) -> list[Rows]:
     if state is None:
         # It moves from one to the other at the first call.
         held = [getattr(weight, "SCB", None), getattr(getattr(module, "state", None), "SCB", None)]
-        rows = {id(one): Rows(one, lambda factors: factors) for one in held if one is not None}
+        rows = {id(one): along("SCB", one, 0) for one in held if one is not None}
         if not rows:
             raise ValueError(f"{place} is not quantised yet: move the model to its device first")
         return list(rows.values())
@@ -187,15 +228,13 @@ def _bitsandbytes(module: nn.Module, channels: int, place: str) -> list[Rows]:
     if columns % size:
         raise ValueError(f"{place} has blocks of {size} weights, rows of {columns}: some blocks cross rows")
 
-    def by_block(factors: torch.Tensor) -> torch.Tensor:
-        return factors.repeat_interleave(columns // size)
-
+    blocks = columns // size
     if getattr(state, "nested", False):
         from bitsandbytes.functional import dequantize_blockwise
 
         absmax = (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
-        return [_NestedRows(absmax, by_block, state)]
-    return [Rows(state.absmax, by_block)]
+        return [_NestedRows(absmax, blocks, torch.flatten, state)]
+    return [Rows(state.absmax, blocks, torch.flatten)]
 
 
 def _hqq(module: nn.Module, channels: int, place: str) -> list[Rows]:
@@ -209,7 +248,7 @@ def _hqq(module: nn.Module, channels: int, place: str) -> list[Rows]:
         raise ValueError(
             f"{place} has scales that are quantised themselves: a factor per row cannot be written into them"
         )
-    return [Rows(scale, lambda factors: factors.repeat_interleave(columns // size).view(scale.shape))]
+    return [Rows(scale, columns // size, lambda factors: factors.reshape(scale.shape))]
 
 
 def _subclass(weight: torch.Tensor, channels: int, place: str) -> list[Rows]:
@@ -226,4 +265,4 @@ def _subclass(weight: torch.Tensor, channels: int, place: str) -> list[Rows]:
         raise ValueError(
             f"{place} is a {kind} with blocks of {list(size)}, which cross rows, or scales of type {scale.dtype}"
         )
-    return [Rows(scale, along(0, scale.ndim))]
+    return [along("scale", scale, 0)]

@@ -11,7 +11,7 @@ from torch import nn
 from idp_peft.config import IDPConfig
 from idp_peft.hosting.architectures import embedding_width, find_decoder
 from idp_peft.models.loading import place_of
-from idp_peft.scales import linear_layers, output_channels
+from idp_peft.scales import factor_shapes
 
 METHODS = ("idp", "prompt_tuning", "prefix_tuning", "lora", "ia3", "ln_tuning")
 # Peak learning rates, as tuned (benchmarks/LOG.md, benchmarks/repair); prefix tuning's is for the start at a teacher's keys and values, untuned.
@@ -58,6 +58,7 @@ def method_config(
             num_virtual_tokens=settings.num_virtual_tokens,
             prompt_names=names,
             scales=settings.scales,
+            scale_group_size=settings.scale_group_size,
             selection=settings.selection,
             learn_centroids=not is_set,
             selection_layer=settings.selection_layer,
@@ -70,7 +71,8 @@ def method_config(
         trained = settings.num_virtual_tokens - settings.num_frozen_tokens
         budget = settings.num_prompts * trained * prefix_parameters_per_token(model.config)
     if settings.scales:
-        budget += sum(map(output_channels, linear_layers(find_decoder(model)).values()))
+        shapes = factor_shapes(find_decoder(model), settings.scale_group_size)
+        budget += sum(shape.numel() for shape in shapes.values())
     if settings.method == "lora":
         targets, rank = settings.lora_target_modules, settings.lora_rank
         if settings.match_budget:

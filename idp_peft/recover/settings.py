@@ -37,6 +37,7 @@ class RecoverSettings:
             With `"centroid"`, the centroids are set before training ([`fit_centroids`]).
         scales (`bool`, defaults to `True`): as in [`IDPConfig`]: train a factor per output channel beside the prompts. Without
             them, prompts that were trained apart can be composed, and exported without folding.
+        scale_group_size (`int`, *optional*): as in [`IDPConfig`]: train a factor per group of so many inputs, too.
         scales_learning_rate (`float`, *optional*): the peak learning rate of the scales; by default their own.
         init (`str`, defaults to `"corpus"`): how prompts start: `"vocab"`, `"random"`, or the openings of training texts, each
             of its own kind or cluster where there are such. Key/value prompts start at what the teacher makes of these, or,
@@ -72,6 +73,7 @@ class RecoverSettings:
     selection_reduction: str = "mean"
     assignment: str = "selected"
     scales: bool = True
+    scale_group_size: int | None = None
     scales_learning_rate: float | None = None
     init: str = "corpus"
     match_budget: bool = False

@@ -253,8 +253,10 @@ def _folded(model: nn.Module, source: PromptSource, reader: GGUFReader, old: dic
     from idp_peft.serving.gguf_types import scaled
 
     files, changed = _NamesInFile(model, reader), {}
-    for layer, module, factors in factors_by_layer(model, source, path):
+    for layer, module, factors in factors_by_layer(model, source):
         for own, _ in module.named_parameters(recurse=False):
+            if own == "bias" and factors.ndim == 2:
+                continue
             name, order = files.find(f"{layer}.{own}", len(factors))
             if name not in old:
                 raise ValueError(

@@ -14,8 +14,8 @@ from torch import nn
 from idp_peft.composition.prompt_sources import PromptSource
 from idp_peft.hosting.architectures import find_decoder
 from idp_peft.hosting.checkpoint import SCALES_END, find_file
-from idp_peft.models.folding import Rows, along, row_dimensions
-from idp_peft.scales import is_conv, linear_layers, output_channels
+from idp_peft.models.folding import along, blocks_of, check_groups, row_dimensions
+from idp_peft.scales import is_conv, linear_layers
 from idp_peft.serving.tensor_files import DTYPES, StoredTensor, WeightFiles, read_header, write_tensors
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -28,37 +28,32 @@ def folded(model: nn.Module, files: WeightFiles, source: PromptSource) -> dict[s
         `ValueError`: where a layer's tensors are not found, or its format cannot take a factor per row.
     """
     stored, changed = _by_layer(files), {}
-    for layer, module, factors in factors_by_layer(model, source, files.folder):
+    for layer, module, factors in factors_by_layer(model, source):
         own = _tensors_of(layer, stored, files)
         types = {name: (_type(tensor.dtype), tensor.shape) for name, (_, tensor) in own.items()}
         found = row_dimensions(types, len(factors), f"layer {layer!r}", is_conv(module))
+        order = next((files.read(own[name][0]) for name in ("g_idx", "weight_g_idx") if name in own), None)
+        blocks = [blocks_of(name, own[name][1].shape, dim) for name, dim in found.items()]
+        check_groups(factors, blocks, order, f"layer {layer!r}")
         for name, dim in found.items():
             key, tensor = own[name]
-            changed[key] = tensor.made_by(partial(_times, files, key, factors, dim))
+            changed[key] = tensor.made_by(partial(_times, files, key, name, factors, dim))
     return changed
 
 
-def factors_by_layer(
-    model: nn.Module, source: PromptSource, base: Path
-) -> Iterator[tuple[str, nn.Module, torch.Tensor]]:
-    """The name in the model, the linear layer, and the factors of its output channels, of each layer that an adapter scales.
+def factors_by_layer(model: nn.Module, source: PromptSource) -> Iterator[tuple[str, nn.Module, torch.Tensor]]:
+    """The name in the model, the linear layer, and its factors, of each layer that an adapter scales.
 
     Raises:
         `ValueError`: for an adapter with scales of other layers than those of the model.
     """
-    layers, where = linear_layers(find_decoder(model)), {module: name for name, module in model.named_modules()}
-    channels = [output_channels(module) for module in layers.values()]
-    if sum(channels) != len(source.scales):
-        raise ValueError(
-            f"{source.label} has {len(source.scales)} scales, the linear layers of the base in {base} {sum(channels)} channels"
-        )
-    for module, factors in zip(layers.values(), (1 + source.scales).split(channels), strict=True):
-        yield where[module], module, factors
+    decoder, where = find_decoder(model), {module: name for name, module in model.named_modules()}
+    for module, scales in zip(linear_layers(decoder).values(), source.scales_by_layer(decoder), strict=True):
+        yield where[module], module, 1 + scales
 
 
-def _times(files: WeightFiles, name: str, factors: torch.Tensor, dim: int) -> torch.Tensor:
-    tensor = files.read(name)
-    return Rows(tensor, along(dim, tensor.ndim)).scaled(factors)
+def _times(files: WeightFiles, key: str, name: str, factors: torch.Tensor, dim: int) -> torch.Tensor:
+    return along(name, files.read(key), dim).scaled(factors)
 
 
 def _type(name: str) -> torch.dtype:
@@ -111,7 +106,7 @@ def write_adapter(adapter: str, target: Path, folded: bool, base: str | None = N
     if not folded:
         return
     config, weights = (target / file for file in _ADAPTER_FILES)
-    content = json.loads(config.read_text(encoding="utf-8")) | {"scales": False}
+    content = json.loads(config.read_text(encoding="utf-8")) | {"scales": False, "scale_group_size": None}
     content |= {} if base is None else {"base_model_name_or_path": base, "revision": None}
     config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     tensors, metadata = read_header(weights)

@@ -50,22 +50,35 @@ def mean_row(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
 
 
 def scaled(data: np.ndarray, kind: GGMLQuantizationType, factors: np.ndarray, what: str) -> np.ndarray:
-    """Rows times a factor each, in their own type: of blocks only the scales change, rounded to half-floats.
+    """Rows times their factors, in their own type: of blocks only the scales change, rounded to half-floats.
 
     Args:
         data (`np.ndarray`): what a file holds: `[rows, ...]`.
-        factors (`np.ndarray`): float32 `[rows]`.
+        factors (`np.ndarray`): float32 `[rows]`, or `[rows, groups]` of neighbouring numbers.
         what (`str`): what errors call the tensor.
 
     Raises:
-        `ValueError`: for a type whose blocks have no half-float scale, or a scale that becomes too large for its type.
+        `ValueError`: for a type whose blocks have no half-float scale, groups that are no whole blocks, or a scale that becomes too
+            large for its type.
     """
-    by_row = factors.reshape(-1, *[1] * (data.ndim - 1))
+    by_row = factors.reshape(len(factors), -1)
+
+    def spread(rows: np.ndarray) -> np.ndarray:
+        """Factors for `[rows, ...]`, whose second dimension runs along the rows."""
+        blocks = rows.shape[1] if rows.ndim > 1 else 1
+        if blocks % by_row.shape[1]:
+            raise ValueError(
+                f"{what} of type {kind.name} has {blocks} block(s) in a row, and {by_row.shape[1]} factors go in there: train with "
+                "a `scale_group_size` that is a multiple of the type's block"
+            )
+        return by_row.repeat(blocks // by_row.shape[1], 1).reshape(len(rows), *[blocks][: rows.ndim - 1])
+
     with np.errstate(over="ignore"):
         if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
-            product = changed = (data.astype(np.float32) * by_row).astype(data.dtype)
+            product = changed = (data.astype(np.float32) * spread(data)).astype(data.dtype)
         elif kind == GGMLQuantizationType.BF16:
-            product = decoded(data, kind) * by_row
+            rows = decoded(data, kind)
+            product = rows * spread(rows)
             changed = quantize(product, kind)
         elif kind.name in _SCALES:
             changed = np.array(data).reshape(len(data), -1, GGML_QUANT_SIZES[kind][1])  # [rows, blocks, bytes]
@@ -73,7 +86,7 @@ def scaled(data: np.ndarray, kind: GGMLQuantizationType, factors: np.ndarray, wh
             scales = np.stack(
                 [changed[..., place].copy().view(np.float16) for place in places]
             )  # [places, rows, blocks, 1]
-            product = (scales.astype(np.float32) * factors[:, None, None]).astype(np.float16)
+            product = (scales.astype(np.float32) * spread(changed[..., 0])[..., None]).astype(np.float16)
             for place, values in zip(places, product, strict=True):
                 changed[..., place] = values.view(np.uint8)
             changed = changed.reshape(data.shape)

@@ -24,7 +24,7 @@ from idp_peft.hosting.architectures import (
 )
 from idp_peft.key_values import key_value_layout, layout_width
 from idp_peft.layer import IDPLayer
-from idp_peft.scales import linear_layers, output_channels
+from idp_peft.scales import factor_shapes
 from idp_peft.selection import Selection, select
 from idp_peft.serving.exported import ExportedModel, is_exported
 from idp_peft.texts.tokens import padded_batch
@@ -190,13 +190,9 @@ def _scales_of_first_layers(source: PromptSource, whole: nn.Module, decoder: nn.
     """As much of an adapter's scales as the layers that there are have."""
     if source.scales is None:
         return source
-    channels = {name: output_channels(module) for name, module in linear_layers(whole).items()}
-    if sum(channels.values()) != len(source.scales):
-        raise ValueError(
-            f"{source.label} has {len(source.scales)} scales, the base's linear layers have {sum(channels.values())} channels"
-        )
-    parts = dict(zip(channels, source.scales.split(list(channels.values())), strict=True))
-    kept = [parts[name] for name in linear_layers(decoder)]
+    size = source.config.scale_group_size
+    parts = dict(zip(factor_shapes(whole, size), source.scales_by_layer(whole), strict=True))
+    kept = [parts[name].flatten() for name in factor_shapes(decoder, size)]
     return replace(source, scales=torch.cat(kept) if kept else source.scales[:0])
 
 
