@@ -122,6 +122,13 @@ class PromptBank(nn.Embedding):
         """The factors of the linear layers, float32 `[C]`, layer after layer; gathered as [`embeddings`] are."""
         return 1 + self.scales.full_tensor().float() if is_sharded(self.scales) else self()
 
+    def stored(self) -> list[torch.Tensor]:
+        """What the prompts and factors are made of, to compare them by value: not copied where this process has all of it."""
+        own = [tensor for tensor in (self.weight, getattr(self, "frozen", None), self.scales) if tensor is not None]
+        if all(len(tensor) and not tensor.is_meta and not is_sharded(tensor) for tensor in own):
+            return [tensor.detach() for tensor in own]
+        return [self.embeddings()] if self.scales is None else [self.embeddings(), self.factors()]
+
     def _with_frozen(self, trained: torch.Tensor) -> torch.Tensor:
         """All tokens of all prompts, the frozen ones in front of each prompt's others."""
         if not self.frozen_tokens:

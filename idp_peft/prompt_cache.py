@@ -165,11 +165,10 @@ class RememberedCache:
         Two threads that ask at once wait for one computation.
         """
         with _lock, torch.inference_mode(False), torch.no_grad():
-            prompts = bank.embeddings()
-            now = [prompts] if bank.scales is None else [prompts, bank.factors()]
-            device = prompts.device.type
+            now = bank.stored()
+            device = now[0].device.type
             autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-            setting = (prompts.device, prompts.dtype, dtype, autocast, tuple(bank.lengths), rotary_length)
+            setting = (now[0].device, now[0].dtype, dtype, autocast, tuple(bank.lengths), rotary_length)
             if not self._is_fresh(now, setting):
                 self.forget()
                 base = list(_base_tensors(decoder))

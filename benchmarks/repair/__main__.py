@@ -74,7 +74,10 @@ def planned(options: argparse.Namespace) -> list[dict]:
     for steps, text, seed in product(options.steps, options.texts, options.seeds):
         for contender, settings in STUDIES[text].items():
             name = f"steps{steps}.seed{seed}"
-            if _is_wanted(contender, options) and name not in Cells(options.results, f"{text}/{slug(contender)}").read():
+            if (
+                _is_wanted(contender, options)
+                and name not in Cells(options.results, f"{text}/{slug(contender)}").read()
+            ):
                 rate = rates.get(LIKE.get(contender, contender))
                 cell = {"text": text, "contender": contender, "settings": settings, "steps": steps, "seed": seed}
                 cells.append({**cell, "name": name, "rate": rate, "split": "held_out"})
