@@ -1,6 +1,7 @@
-"""vLLM prompts made of embeddings: the chosen prompt's vectors, then the text's. vLLM is not imported.
+"""Prompts for a vLLM that serves the base as it is. vLLM is not imported.
 
-The engine needs `--enable-prompt-embeds`, and no exported model: it serves the base as it is.
+Of token prompts: embeddings, the chosen prompt's vectors, then the text's; the engine needs `--enable-prompt-embeds`. Of prompts of
+keys and values: token ids, a placeholder, then the text's; the engine needs `vllm_connector.py`.
 """
 
 from __future__ import annotations
@@ -28,10 +29,6 @@ class VllmPrompts:
     """
 
     def __init__(self, router: Router) -> None:
-        if router.holds_keys:
-            raise ValueError(
-                "prompts of keys and values have no embeddings that an engine could be sent: train prompts='tokens'"
-            )
         if router.has_scales:
             raise ValueError(
                 "this adapter has scales, which no engine applies: export it (`idp-peft export --fold_scales`), serve that folder, "
@@ -43,7 +40,7 @@ class VllmPrompts:
     def for_llm(
         self, texts: Sequence[str | list[int]], prompt_ids: Sequence[int] | None = None, mixed: bool = False
     ) -> list[dict]:
-        """What vLLM calls an `EmbedsPrompt`, one for each text.
+        """What vLLM calls an `EmbedsPrompt`, one for each text; of key/value prompts a `TokensPrompt`.
 
         Args:
             texts (`Sequence[str | list[int]]`): texts or token ids.
@@ -52,19 +49,25 @@ class VllmPrompts:
                 `prompt_is_token_ids` say which positions they are. The rows of `prompt_embeds` there are zero.
 
         Returns:
-            `list[dict]`: `prompt_embeds` `[k + n, d]` and, with `mixed`, the two lists of k + n entries.
+            `list[dict]`: `prompt_embeds` `[k + n, d]` and, with `mixed`, the two lists of k + n entries; `prompt_token_ids` of
+            k + n entries.
         """
         rows = [self.router.token_ids(text) for text in texts]
         chosen = self.router.route(rows).prompt_ids.tolist() if prompt_ids is None else list(prompt_ids)
+        if self.router.holds_keys:
+            return [{"prompt_token_ids": self._placeholder(p) + row} for p, row in zip(chosen, rows, strict=True)]
         return [self._mixed(p, row) if mixed else self._embedded(p, row) for p, row in zip(chosen, rows, strict=True)]
 
     def completion_body(self, texts: Sequence[str | list[int]], prompt_ids=None, **fields) -> dict:
-        """The body of a `POST /v1/completions`: `prompt_embeds` in base64, and whatever else is given.
+        """The body of a `POST /v1/completions`: `prompt_embeds` in base64 (of key/value prompts `prompt`, token ids), and whatever
+        else is given.
 
         Args:
             texts, prompt_ids: as [`for_llm`].
             fields: `model`, `max_tokens`, ...
         """
+        if self.router.holds_keys:
+            return {**fields, "prompt": [prompt["prompt_token_ids"] for prompt in self.for_llm(texts, prompt_ids)]}
         prompts = [encode(prompt["prompt_embeds"]) for prompt in self.for_llm(texts, prompt_ids)]
         return {**fields, "prompt_embeds": prompts if len(prompts) > 1 else prompts[0]}
 
@@ -78,7 +81,12 @@ class VllmPrompts:
             messages (`list[dict]`): the chat; it picks the prompt as the tokenizer's own template renders it.
             prompt_id (`int`, *optional*): a forced prompt.
             fields: `model`, `max_tokens`, ...
+
+        Raises:
+            `ValueError`: of key/value prompts, whose placeholder is no message: render the chat, and send a completion.
         """
+        if self.router.holds_keys:
+            raise ValueError("prompts of keys and values need token ids: render the chat, and use `completion_body`")
         if prompt_id is None:
             tokenizer = self.router.tokenizer
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -121,15 +129,30 @@ class VllmPrompts:
             "prompt_is_token_ids": is_token,
         }
 
+    def _placeholder(self, prompt: int) -> list[int]:
+        config = self.router.config
+        _check_prompt(prompt, config.num_prompts)
+        return placeholder(prompt, config.num_virtual_tokens) if prompt >= 0 else []
+
     def _prompt(self, prompt: int) -> torch.Tensor:
         prompts = self.router.prompts
-        if not -1 <= prompt < len(prompts):
-            raise ValueError(f"`prompt_ids` must be between -1 (no prompt) and {len(prompts) - 1}, got {prompt}")
+        _check_prompt(prompt, len(prompts))
         return prompts[prompt] if prompt >= 0 else prompts[0][:0]
 
     def _vectors(self, row: list[int]) -> torch.Tensor:
         embeddings = self.router.layer.get_base_layer()
         return embeddings(torch.tensor(row, device=embeddings.weight.device))
+
+
+def placeholder(prompt: int, length: int) -> list[int]:
+    """The token ids that stand for a key/value prompt in a request: its number, as many times as it has tokens. A text that begins
+    so, though no real one does, would be read as the prompt."""
+    return [prompt] * length
+
+
+def _check_prompt(prompt: int, count: int) -> None:
+    if not -1 <= prompt < count:
+        raise ValueError(f"`prompt_ids` must be between -1 (no prompt) and {count - 1}, got {prompt}")
 
 
 def encode(tensor: torch.Tensor) -> str:

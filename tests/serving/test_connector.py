@@ -1,0 +1,167 @@
+"""Prompts of keys and values in a real vLLM, by its own KV connector: token for token what the adapter's model says."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+import transformers as tf
+from peft import get_peft_model
+
+pytest.importorskip("vllm", reason="`make test-serving` makes an environment with it")
+
+import idp_peft
+from idp_peft import IDPConfig
+from idp_peft.models.loading import load_model, load_tokenizer
+from idp_peft.serving import Router, VllmPrompts
+from tests.loopback import client
+from tests.patience import PATIENCE
+from tests.serving.vllm_server import BLOCK, VllmServer, _random_model
+from tests.tiny import VOCAB
+
+TOKENS, PROMPTS, LENGTH = 12, 3, 2 * BLOCK
+GREEDY = {"model": "idp", "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "return_token_ids": True}
+
+
+def connector(adapter) -> tuple[str, str]:
+    settings = {
+        "kv_connector": "IDPConnector",
+        "kv_role": "kv_consumer",
+        "kv_connector_module_path": "idp_peft.serving.vllm_connector",
+        "kv_connector_extra_config": {"adapter": str(adapter)},
+    }
+    return "--kv-transfer-config", json.dumps(settings)
+
+
+def save_adapter(base, folder, length: int = LENGTH, **config) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shape = {"num_prompts": PROMPTS, "num_virtual_tokens": length, "prompts": "key_values", "init_weights": False}
+        model = get_peft_model(base, IDPConfig(task_type="CAUSAL_LM", **shape, **config))
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    texts = torch.randint(5, vocabulary, (PROMPTS, length), generator=generator).tolist()
+    idp_peft.start_at(model, model.get_base_model(), texts)
+    model.save_pretrained(folder)
+
+
+class Subject:
+    """A base, an adapter of key/value prompts on it, and the router of both."""
+
+    def __init__(self, name: str, folder) -> None:
+        if name == "tiny":
+            _random_model("tiny", folder / "base")
+        else:
+            load_model("default").save_pretrained(folder / "base")
+            load_tokenizer("default").save_pretrained(folder / "base")
+        self.base, self.adapter = folder / "base", folder / "adapter"
+        save_adapter(tf.AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32), self.adapter)
+        self.model, _ = idp_peft.load(self.adapter, self.base)
+        self.model.generation_config.eos_token_id = (
+            None  # says it like any other token, as the engine with `ignore_eos`
+        )
+        self.prompts = VllmPrompts(Router.from_pretrained(self.adapter, self.base))
+        generator = torch.Generator().manual_seed(1)
+        self.rows = [torch.randint(5, VOCAB, (n,), generator=generator).tolist() for n in (3, 17, 40, 70, 9, 33)]
+
+    def say(self, ids: list[int], prompt: int) -> list[int]:
+        """What the adapter's model says, greedily."""
+        out = self.model.generate(
+            input_ids=torch.tensor([ids]),
+            prompt_ids=torch.tensor([prompt]),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+        )
+        return out[0, len(ids) :].tolist()
+
+
+@pytest.fixture(scope="module", params=["tiny", "default"])
+def one(request, tmp_path_factory):
+    return Subject(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def ask(http, body: dict) -> list[dict]:
+    response = http.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"]
+
+
+@pytest.fixture(scope="module")
+def http(one, tmp_path_factory):
+    # Few tokens a step, so that prefills are cut into chunks; few blocks, so that requests are preempted.
+    flags = (
+        "--max-num-batched-tokens",
+        "48",
+        "--num-gpu-blocks-override",
+        "14",
+        "--max-model-len",
+        "256",
+        *connector(one.adapter),
+    )
+    log = tmp_path_factory.mktemp("engine") / "log"
+    with VllmServer(one.base, log, flags) as server, client(server.url, timeout=PATIENCE) as http:
+        yield http
+
+
+def test_every_prompt_and_none_says_what_the_adapters_model_says(one, http):
+    for prompt in [*range(PROMPTS), -1, 0]:  # the first one a second time, from the engine's own cache
+        for row in one.rows[:3]:
+            (choice,) = ask(http, one.prompts.completion_body([row], [prompt], **GREEDY))
+            assert choice["token_ids"] == one.say(row, prompt), (prompt, len(row))
+
+
+def test_a_batch_of_all_prompts_is_its_rows_alone(one, http):
+    """More requests than there are cache blocks for: some are preempted, and loaded again."""
+    chosen = [0, 1, 2, -1, 1, 0]
+    choices = ask(http, one.prompts.completion_body(one.rows, chosen, **{**GREEDY, "max_tokens": 60}))
+    for choice, row, prompt in zip(choices, one.rows, chosen, strict=True):
+        assert choice["token_ids"][:TOKENS] == one.say(row, prompt), (prompt, len(row))
+
+
+def test_the_router_chooses_for_it(one, http):
+    chosen = one.prompts.router.route(one.rows).prompt_ids.tolist()
+    for choice, row, prompt in zip(
+        ask(http, one.prompts.completion_body(one.rows, **GREEDY)), one.rows, chosen, strict=True
+    ):
+        assert choice["token_ids"] == one.say(row, prompt)
+
+
+def test_a_prompt_is_found_in_the_engines_cache_the_second_time(one, http):
+    row = one.rows[1]
+    for _ in range(2):
+        response = http.post("/v1/completions", json=one.prompts.completion_body([row], [2], **GREEDY))
+    metrics = http.get("/metrics").text
+    assert response.json()["choices"][0]["token_ids"] == one.say(row, 2)
+    found = {
+        name: sum(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith(f"vllm:{name}"))
+        for name in ("num_preemptions_total", "prefix_cache_hits_total", "external_prefix_cache_hits_total")
+    }
+    assert found["num_preemptions_total"] > 0, "the engine had blocks enough: nothing was preempted"
+    assert found["prefix_cache_hits_total"] >= LENGTH
+    assert found["external_prefix_cache_hits_total"] >= PROMPTS * LENGTH
+
+
+REFUSED = {
+    "a length of no whole blocks": (
+        lambda base, folder: save_adapter(base, folder, 40),
+        "40 tokens, no whole number of cache blocks of 32",
+    ),
+    "scales": (lambda base, folder: save_adapter(base, folder, scales=True), "has scales, which no engine applies"),
+    "token prompts": (
+        lambda base, folder: get_peft_model(base, IDPConfig(task_type="CAUSAL_LM")).save_pretrained(folder),
+        "has token prompts, which an exported vocabulary serves",
+    ),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_cannot_be_served_stops_the_engine_with_the_reason(tmp_path, why):
+    make, message = REFUSED[why]
+    _random_model("tiny", tmp_path / "base")
+    make(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    server = VllmServer(tmp_path / "base", tmp_path / "log", connector(tmp_path / "adapter"))
+    with pytest.raises(RuntimeError, match="did not start"), server:
+        pass
+    assert message in (tmp_path / "log").read_text()
