@@ -35,6 +35,7 @@ def tiny_gguf(
     sentencepiece: bool = False,
     add_bos: bool | None = None,
     chat_template: str | None = None,
+    positions: int | None = None,
 ) -> str:
     """A tiny model with one token per printable character; returns the file as a user would write it.
 
@@ -46,6 +47,7 @@ def tiny_gguf(
         table (`gguf.GGMLQuantizationType`, *optional*): of the embedding table, in place of `packed`.
         sentencepiece (`bool`): a tokenizer of that kind, with scores; else a byte-level one with merges.
         add_bos (`bool`, *optional*), chat_template (`str`, *optional*): what the file says of them; nothing by default.
+        positions (`int`, *optional*): that the file says the model has; as many as `_SETTINGS` by default.
     """
     import gguf
 
@@ -53,8 +55,9 @@ def tiny_gguf(
 
     file.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(file, name)
+    settings = _SETTINGS[name] if positions is None else {**_SETTINGS[name], "context_length": positions}
     for setting, value in (
-        *(("embedding_length", width), *_SETTINGS[name].items(), ("vocab_size", 97)),
+        *(("embedding_length", width), *settings.items(), ("vocab_size", 97)),
         *(("tokenizer_model", "llama"), ("token_scores", [float(-i) for i in range(97)])) * sentencepiece,
         *(("tokenizer_model", "gpt2"), ("token_merges", ["t h", "h e"])) * (not sentencepiece),
         *(("token_list", [name for name, _ in _tokens(sentencepiece)]),),
