@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 
@@ -13,11 +14,8 @@ pytest.importorskip("uvicorn", reason="the proxy's server is in the extra 'servi
 
 import openai
 
-from tests.llama_proxy import KEY, MODEL, llama_proxy
+from tests.llama_proxy import CALLING, CHAT, KEY, MODEL, TOOLS, llama_proxy
 from tests.patience import PATIENCE
-
-CHAT = [{"role": "system", "content": "abc"}, {"role": "user", "content": "hello"}]
-TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
 
 
 @pytest.fixture(scope="module")
@@ -93,15 +91,31 @@ def test_several_choices(client):
 
 
 def test_tools_are_called_and_answered(client):
-    settings = {"model": MODEL, "tools": TOOLS, "temperature": 0, "max_tokens": 200}
-    called = client.chat.completions.create(messages=CHAT, tool_choice="required", **settings)
+    called = client.chat.completions.create(model=MODEL, messages=CHAT, temperature=0, **CALLING)
     message = called.choices[0].message
-    (call,) = message.tool_calls
-    assert (call.function.name, called.choices[0].finish_reason) == ("look", "tool_calls")
+    call, *_ = message.tool_calls  # it calls again and again
+    assert (call.function.name, json.loads(call.function.arguments)) == ("look", {})
+    chunks = client.chat.completions.create(model=MODEL, messages=CHAT, temperature=0, stream=True, **CALLING)
+    parts = [part for chunk in chunks for choice in chunk.choices for part in choice.delta.tool_calls or []]
+    parts = [part for part in parts if part.index == 0]
+    assert parts[0].function.name == "look"
+    assert "".join(part.function.arguments or "" for part in parts) == call.function.arguments
+    message = message.model_copy(update={"tool_calls": [call]})
     turn = [*CHAT, message, {"role": "tool", "tool_call_id": call.id, "content": "seen"}]
-    settings["max_tokens"] = 5
-    answer = client.chat.completions.create(messages=turn, tool_choice="none", **settings)
-    assert answer.choices[0].message.content
+    settings = {"model": MODEL, "tools": TOOLS, "max_tokens": 5, "temperature": 0}
+    raw = [client.chat.completions.with_raw_response.create(messages=chat, **settings) for chat in (CHAT, turn)]
+    assert len({one.headers["x-idp-prompt"] for one in raw}) == 1
+    before, after = (one.parse().usage.prompt_tokens for one in raw)
+    assert after - before > len("<tool_call>look</tool_call>toolseen")
+
+
+def test_an_answer_of_a_form(client):
+    schema = {"type": "object", "properties": {"a": {"const": "b"}}, "required": ["a"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "form", "schema": schema}}
+    answer = client.chat.completions.create(
+        model=MODEL, messages=CHAT, response_format=form, max_tokens=50, temperature=0
+    )
+    assert json.loads(answer.choices[0].message.content) == {"a": "b"}
 
 
 def test_models(client):

@@ -13,11 +13,8 @@ pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
 
 import litellm
 
-from tests.llama_proxy import KEY, MODEL, llama_proxy
+from tests.llama_proxy import CALLING, CHAT, KEY, MODEL, TOOLS, llama_proxy
 from tests.patience import PATIENCE
-
-CHAT = [{"role": "system", "content": "abc"}, {"role": "user", "content": "hello"}]
-TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +43,9 @@ def test_a_chat_and_its_next_turn(ask):
 
 
 def test_completions(to_proxy):
-    answer = litellm.text_completion(f"text-completion-openai/{MODEL}", prompt="hello", max_tokens=5, **to_proxy)
-    assert answer.choices[0].text
-    forced = {"extra_body": {"idp_prompt": 1}}
-    assert litellm.text_completion(
-        f"text-completion-openai/{MODEL}", prompt="hello", max_tokens=5, **to_proxy, **forced
-    )
+    settings = {"model": f"text-completion-openai/{MODEL}", "prompt": "hello", "max_tokens": 5, **to_proxy}
+    assert litellm.text_completion(**settings).choices[0].text
+    assert litellm.text_completion(**settings, extra_body={"idp_prompt": 1}).choices[0].text
 
 
 def test_a_stream_with_its_usage(ask):
@@ -69,9 +63,10 @@ def test_several_choices(ask):
 
 
 def test_tools_are_called_and_answered(ask):
-    message = ask(tools=TOOLS, tool_choice="required", max_tokens=200).choices[0].message
-    (call,) = message.tool_calls
+    message = ask(**CALLING).choices[0].message
+    call, *_ = message.tool_calls  # it calls again and again
     assert (call.function.name, json.loads(call.function.arguments)) == ("look", {})
+    message.tool_calls = [call]
     turn = [*CHAT, message, {"role": "tool", "tool_call_id": call.id, "content": "seen"}]
     assert ask(turn, tools=TOOLS, tool_choice="none").choices[0].message.content
 
