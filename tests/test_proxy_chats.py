@@ -168,29 +168,38 @@ def test_a_chat_body_for_vllm_has_the_same_prompt(one, prompter):
 # ---------------------------------------------------------------------- how the first turn is rendered
 
 
-def test_it_is_rendered_with_what_the_request_says_of_the_template(prompter, monkeypatch):
+@pytest.fixture
+def routed(prompter, monkeypatch):
+    """The token ids that the router is asked about for a chat."""
+    rows, route = [], prompter.router.route
+    monkeypatch.setattr(prompter.router, "route", lambda some: rows.extend(some) or route(some))
+
+    def ask(messages: list[dict], **fields) -> list[int]:
+        chosen(prompter, messages, **fields)
+        return rows.pop()
+
+    return ask
+
+
+@pytest.mark.parametrize("generation_prompt", [True, False])
+def test_it_is_rendered_with_what_the_request_says_of_the_template(routed, prompter, monkeypatch, generation_prompt):
     """Tools, variables, and whether a generation prompt follows."""
     tokenizer = prompter.router.tokenizer
     template = "{{ tools[0].function.name ~ ' ' ~ loud ~ ' ' }}" + tokenizer.chat_template
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    read = []
-    monkeypatch.setattr(prompter.router, "route", lambda rows: read.extend(rows) or 1 / 0)
     tools = [{"type": "function", "function": {"name": "w50", "parameters": {}}}]
-    for extra in (True, False):
-        settings = {"add_generation_prompt": extra, "tools": tools}
-        with pytest.raises(ZeroDivisionError):
-            chosen(prompter, chat(1, 0), chat_template_kwargs={"loud": "w60"}, **settings)
-        expected = ids_of(chat(1, 0, 1), tokenizer, loud="w60", **settings)
-        assert (read.pop(), expected[:2], expected[-1]) == (expected, [50, 60], 4 if extra else 3)
+    settings = {"add_generation_prompt": generation_prompt, "tools": tools}
+    expected = ids_of(chat(1, 0, 1), tokenizer, loud="w60", **settings)
+    assert (expected[:2], expected[-1]) == ([50, 60], 4 if generation_prompt else 3)
+    for turns in (1, 2, 3):
+        assert routed(chat(1, 0, turns), chat_template_kwargs={"loud": "w60"}, **settings) == expected
 
 
-def test_an_answer_that_the_client_began_changes_nothing(prompter):
-    messages = [*chat(1, 0), says("assistant", WORDS[2])]
+def test_an_answer_that_the_client_began_changes_nothing(routed, prompter):
     begun = {"continue_final_message": True, "add_generation_prompt": False}
-    assert chosen(prompter, messages, **begun) == chosen(prompter, chat(1, 0, 1))
-    first = [*chat(1, 0, 1), says("assistant", f"{WORDS[0]} {WORDS[0]}")]
-    assert chosen_by(prompter, ids_of(first, **begun)) != chosen(prompter, chat(1, 0, 1)), "else it would not be seen"
-    assert chosen(prompter, first, **begun) == chosen(prompter, chat(1, 0, 1))
+    for turns in (1, 2):
+        messages = [*chat(1, 0, turns), says("assistant", f"{WORDS[0]} {WORDS[0]}")]
+        assert routed(messages, **begun) == routed(chat(1, 0, 1))
 
 
 @pytest.mark.parametrize(
