@@ -10,15 +10,17 @@ pytest.importorskip("starlette", reason="the proxy's web framework is in the ext
 pytest.importorskip("uvicorn", reason="the proxy's server is in the extra 'serving'")
 
 import itertools
+from pathlib import Path
 
+from idp_peft import fit_centroids
 from idp_peft.serving import ExportedModel, Router, VllmPrompts, export_to_vocab, first_turn
 from idp_peft.serving.prompted_request import RequestPrompter
 from idp_peft_cli import main
 from tests.tiny_chats import chat_tokenizer
-from tests.tiny_serving import saved
+from tests.tiny_serving import Saved, saved
 
-# Prompt 0 is for w2 to w31, prompt 1 for w32 to w61, prompt 2 for w62 to w91.
-WORDS = {kind: " ".join(f"w{30 * kind + 3 + i}" for i in range(6)) for kind in range(3)}
+CLEAR = 1e-5  # a best score stands so far before the next that no rounding turns them round
+WORDS = {kind: " ".join(f"w{30 * kind + 5 + i}" for i in range(6)) for kind in range(3)}  # of each prompt
 
 
 def says(role: str, content: str, **more) -> dict:
@@ -33,19 +35,28 @@ def chat(first: int, later: int, turns: int = 3) -> list[dict]:
     return messages
 
 
+def adapter(folder: Path, selection: str = "centroid") -> Saved:
+    one = saved(folder, num_prompts=3, num_virtual_tokens=4, selection=selection)
+    if selection == "centroid":
+        rows = [{"input_ids": chat_tokenizer()(WORDS[kind])["input_ids"], "prompt_ids": kind} for kind in WORDS]
+        fit_centroids(one.model, rows)
+        one.model.save_pretrained(one.adapter)
+    return one
+
+
+def prompter_of(one: Saved) -> RequestPrompter:
+    exported = ExportedModel.from_folder(export_to_vocab(one.adapter, one.base.parent / "exported", one.base))
+    return RequestPrompter(Router.from_pretrained(exported.folder), exported)
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    return saved(tmp_path_factory.mktemp("chats"), num_prompts=3, num_virtual_tokens=4, selection="centroid")
+    return adapter(tmp_path_factory.mktemp("chats"))
 
 
 @pytest.fixture(scope="module")
-def exported(one):
-    return ExportedModel.from_folder(export_to_vocab(one.adapter, one.base.parent / "exported", one.base))
-
-
-@pytest.fixture(scope="module")
-def prompter(exported):
-    return RequestPrompter(Router.from_pretrained(exported.folder), exported)
+def prompter(one):
+    return prompter_of(one)
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +141,8 @@ def test_a_chat_without_a_user_chooses_by_all_of_it(prompter):
 @pytest.mark.parametrize("path", ["peft", "native"])
 @pytest.mark.parametrize("selection", ["centroid", "attention"])
 def test_generate_with_a_cache_that_comes_back_and_the_proxy_agree_on_each_turn(tmp_path, path, selection):
-    one = saved(tmp_path, num_prompts=3, num_virtual_tokens=4, selection=selection)
-    exported = ExportedModel.from_folder(export_to_vocab(one.adapter, tmp_path / "exported", one.base))
-    prompter = RequestPrompter(Router.from_pretrained(exported.folder), exported)
+    one = adapter(tmp_path, selection)
+    prompter = prompter_of(one)
     model = one.model if path == "peft" else one.model.get_base_model()
     for first in range(3):
         cache = DynamicCache()
@@ -142,8 +152,12 @@ def test_generate_with_a_cache_that_comes_back_and_the_proxy_agree_on_each_turn(
             # Its one token is not in the cache yet: what stands there is the beginning of the next turn.
             model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=1, do_sample=False)
             assert cache.get_seq_length() == ids.shape[1]
-            kept = one.model.last_selection.prompt_ids.tolist()
-            assert [chosen(prompter, messages)] == kept
+            selection = one.model.last_selection
+            if turns == 1:
+                best, second = selection.scores[0].topk(2).values
+                if best - second <= CLEAR * best:
+                    break
+            assert [chosen(prompter, messages)] == selection.prompt_ids.tolist()
 
 
 def test_a_pipeline_chooses_by_the_whole_chat_unless_it_is_given_the_prompt_of_its_first_turn(one, prompter):
@@ -234,7 +248,9 @@ def test_ten_turns_through_the_proxy_each_find_those_before_in_the_engines_cache
     from tests.test_export_gguf import on_file
     from tests.tiny_proxy import starting
 
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    template = (
+        "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+    )
     one = on_file(tmp_path, positions=1024, chat_template=template, prompts={"selection": "centroid"})
     exported = one.export(tmp_path / "served")
     engine = LlamaServer(tmp_path / "served" / "model.gguf", context=1024)
@@ -247,7 +263,7 @@ def test_ten_turns_through_the_proxy_each_find_those_before_in_the_engines_cache
         with starting(prompter) as start:
             client = start(engine.url)
             for turn in range(10):
-                messages.append(says("user", texts[turn > 0] * 2))
+                messages.append(says("user", texts[turn > 0] * 4))
                 answer = client.post(
                     "/v1/chat/completions", json={"messages": messages, "max_tokens": 4, "temperature": 0}
                 )
@@ -255,7 +271,7 @@ def test_ten_turns_through_the_proxy_each_find_those_before_in_the_engines_cache
                 usage = answer.json()["usage"]
                 cached = usage["prompt_tokens_details"]["cached_tokens"]
                 turns.append((answer.headers["x-idp-prompt"], usage["prompt_tokens"], cached))
-                messages.append(says("assistant", texts[1]))
+                messages.append(says("assistant", texts[1] * 4))
         return turns
 
     kept, anew = talk("first_turn"), talk("whole")
@@ -274,13 +290,13 @@ def router_text(exported: ExportedModel, kind: int) -> str:
 # ---------------------------------------------------------------------- the command
 
 
-def test_the_command_takes_the_rule(exported, monkeypatch, capsys):
+def test_the_command_takes_the_rule(prompter, monkeypatch, capsys):
     import uvicorn
 
     rules = []
     monkeypatch.setattr(uvicorn, "run", lambda *_, **__: None)
     monkeypatch.setattr("idp_peft.serving.proxy.proxy_app", lambda prompter, _: rules.append(prompter.chat_choice))
-    start = ["proxy", "--model", str(exported.folder), "--engine", "http://127.0.0.1:9"]
+    start = ["proxy", "--model", str(prompter.exported.folder), "--engine", "http://127.0.0.1:9"]
     main(start)
     main([*start, "--chat_choice", "whole"])
     assert rules == ["first_turn", "whole"]
