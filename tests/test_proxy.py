@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import socket
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ pytest.importorskip("uvicorn", reason="the proxy's server is in the extra 'servi
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from idp_peft.serving import ExportedModel, Router, export_to_vocab
+from idp_peft.serving import ExportedModel, Router, export_to_vocab, proxy_app
 from idp_peft.serving.prompted_request import RequestPrompter
+from idp_peft.serving.proxy import ProxySettings
 from idp_peft.serving.run_proxy import run_proxy
 from idp_peft_cli import main
-from tests.loopback import Engine, Server
+from tests.loopback import Engine, Server, client
 from tests.patience import PATIENCE
 from tests.raw_http import post
 from tests.tiny import VOCAB
@@ -281,14 +283,118 @@ def test_a_tokenizer_that_reads_text_behind_a_prompt_differently_serves_no_chats
     assert caught.value.status == 501
 
 
-def test_an_unknown_model_path_or_method_is_named_in_openais_words(serve):
+def test_an_unknown_model_is_named_in_openais_words(serve):
     proxy = serve(Engine())
     for path in ("/v1/completions", "/v1/chat/completions"):
         error = error_of(proxy.post(path, json={"model": "other", "prompt": "w5", "messages": CHAT}), 404)
         assert error["message"] == "the model 'other' does not exist: this serves 'tiny'"
         assert error["code"] == "model_not_found"
-    assert error_of(proxy.post("/v1/embeddings", json={}), 404)["type"] == "not_found_error"
-    assert "GET /v1/completions" in error_of(proxy.get("/v1/completions"), 405)["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/responses"),
+        ("GET", "/v1/responses/resp_1"),
+        ("POST", "/v1/embeddings"),
+        ("POST", "/v1/moderations"),
+        ("GET", "/v1/files"),
+        ("POST", "/v1/audio/speech"),
+        ("POST", "/v1/images/generations"),
+        ("POST", "/chat/completions"),
+        ("POST", "/v1/v1/chat/completions"),
+        ("GET", "/"),
+    ],
+)
+def test_a_path_that_is_not_served_is_a_404_that_says_what_is(unasked, method, path):
+    engine, proxy, _ = unasked
+    error = error_of(proxy.request(method, path, content=b"{}" if method == "POST" else None), 404)
+    assert error["type"] == "not_found_error"
+    assert error["message"] == (
+        f"Not Found: {method} {path}. This serves POST /v1/completions, POST /v1/chat/completions, GET /v1/models, "
+        "GET /v1/models/{name}, GET /health"
+    )
+    assert engine.headers == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/v1/completions", {"POST"}),
+        ("DELETE", "/v1/chat/completions", {"POST"}),
+        ("GET", "/v1/chat/completions", {"POST"}),
+        ("POST", "/v1/models", {"GET", "HEAD"}),
+        ("DELETE", "/v1/models/tiny", {"GET", "HEAD"}),
+        ("PUT", "/health", {"GET", "HEAD"}),
+    ],
+)
+def test_another_method_is_a_405_that_says_which_are_allowed(unasked, method, path, allowed):
+    _, proxy, _ = unasked
+    response = proxy.request(method, path)
+    assert f"Method Not Allowed: {method} {path}" in error_of(response, 405)["message"]
+    assert set(response.headers["allow"].split(", ")) == allowed
+
+
+# ---------------------------------------------------------------------- the model
+
+
+@pytest.mark.parametrize("name", ["tiny", "org/tiny", "/models/served", "a b?c=%2F&\u00fc"])
+@pytest.mark.parametrize("known", [True, False])
+def test_the_model_is_shown_under_the_name_that_is_served(prompter, name, known):
+    """Whatever else the engine has, and whatever it calls this one."""
+    entry = {
+        "id": name if known else "model.gguf",
+        "object": "model",
+        "created": 5,
+        "owned_by": "me",
+        "max_model_len": 64,
+    }
+    other = {"id": "other", "object": "model"}
+    with (
+        Server(answering({"object": "list", "data": [other, entry], "models": [{}]}), lifespan="off") as engine,
+        Server(proxy_app(prompter, ProxySettings(engine.url, name))) as server,
+        client(server.url) as proxy,
+    ):
+        listed = proxy.get("/v1/models").json()
+        for quoted in (quote(name), quote(name, safe="")):
+            assert proxy.get(f"/v1/models/{quoted}").json() == listed["data"][0]
+        error = error_of(proxy.get("/v1/models/other"), 404)
+        assert (error["message"], error["code"]) == (
+            f"the model 'other' does not exist: this serves {name!r}",
+            "model_not_found",
+        )
+    assert listed == {"object": "list", "data": [entry if known else listed["data"][0]]}
+    assert set(listed["data"][0]) >= {"id", "object", "created", "owned_by"}
+    assert (listed["data"][0]["id"], type(listed["data"][0]["created"])) == (name, int)
+
+
+@pytest.mark.parametrize(
+    "body", [[], {}, {"data": 5}, {"data": [{}]}, {"data": ["tiny"]}, {"data": [{"id": "x" * 2**19}]}]
+)
+def test_a_list_of_models_that_cannot_be_read_is_a_502(prompter, body):
+    with Server(answering(body), lifespan="off") as engine, starting(prompter) as start:
+        for path in ("/v1/models", "/v1/models/tiny"):
+            assert error_of(start(engine.url).get(path), 502)["message"] == "the engine's list of models cannot be read"
+
+
+def test_what_the_engine_says_against_showing_its_models_comes_back(prompter):
+    with (
+        Server(answering({"error": {"message": "no"}}, status=401), lifespan="off") as engine,
+        starting(prompter) as start,
+    ):
+        for path in ("/v1/models", "/v1/models/tiny"):
+            response = start(engine.url).get(path)
+            assert (response.status_code, response.json()) == (401, {"error": {"message": "no"}})
+
+
+def answering(body, status: int = 200):
+    """An engine that answers everything with the same JSON."""
+    from starlette.responses import JSONResponse
+
+    return JSONResponse(body, status_code=status)
+
+
+# ---------------------------------------------------------------------- bodies and tokens
 
 
 def test_a_body_that_is_too_long_is_a_413_however_it_comes(serve):
@@ -320,6 +426,8 @@ def test_a_wrong_token_is_a_401(unasked, given):
     for response in (
         proxy.post("/v1/completions", content=b"{not json", headers=headers),
         proxy.get("/v1/models", headers=headers),
+        proxy.get("/v1/models/tiny", headers=headers),
+        proxy.get("/v1/models/other", headers=headers),
     ):
         assert error_of(response, 401)["code"] == "invalid_api_key"
         assert response.headers["www-authenticate"] == "Bearer"
@@ -447,7 +555,7 @@ def about_pages(response) -> dict[str, str]:
     return {name: value for name, value in response.headers.items() if name.startswith("access-control-")}
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/models"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/org/tiny"])
 @pytest.mark.parametrize(("allowed", "says"), [((PAGE,), PAGE), ((OTHER, PAGE), PAGE), (("*",), "*")])
 def test_a_browsers_preflight_is_answered_here_and_asks_no_token(serve, path, allowed, says):
     engine = Engine()
@@ -488,6 +596,7 @@ def test_an_allowed_page_may_read_every_answer_and_another_page_none(serve, prom
     for origin in ({"origin": PAGE}, {"origin": OTHER}, {}):
         response = proxy.post("/v1/completions", json=body, headers={**token, **origin})
         assert response.status_code == status
+        # "*" is every header, `x-idp-prompt` too, for requests that bring no cookies
         readable = {"access-control-allow-origin": PAGE, "access-control-expose-headers": "*"}
         assert about_pages(response) == (readable if origin == {"origin": PAGE} else {})
 

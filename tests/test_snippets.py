@@ -116,7 +116,9 @@ def serving():
     engine = SimpleNamespace(generate=lambda prompts, sampling: generated.append(prompts))
     client = SimpleNamespace(post=lambda url, json: posted.append((url, json)))
     messages = [{"role": "user", "content": "How does one?"}]
-    yield {"llm": engine, "sampling": None, "httpx": client, "url": "http://it", "texts": TEXTS, "messages": messages}
+    messages += [{"role": "assistant", "content": "So?"}, {"role": "user", "content": "Not that"}]
+    given = {"llm": engine, "sampling": None, "httpx": client, "url": "http://it", "texts": TEXTS, "messages": messages}
+    yield {**given, "write": lambda chat, prompt_ids: (chat, prompt_ids)}
     names = yield
     assert names["body"]["prompt"][-len(names["ids"]) :] == names["ids"]
     router, prompts = Router.from_pretrained("run/adapter"), names["prompts"]
@@ -128,6 +130,9 @@ def serving():
     assert [url for url, _ in posted] == ["http://it/v1/completions", "http://it/v1/chat/completions"]
     alone = [prompts.completion_body([text])["prompt_embeds"] for text in TEXTS]
     assert posted[0][1]["prompt_embeds"] == alone
+    chat, chosen = names["answer"]
+    alone = router.tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
+    assert (chat, chosen.tolist()) == (messages, router.route([alone]).prompt_ids.tolist())
     assert router.route(TEXTS).prompt_ids.tolist() == [router.route([text]).prompt_ids.item() for text in TEXTS]
 
 

@@ -35,6 +35,8 @@ def tiny_gguf(
     sentencepiece: bool = False,
     add_bos: bool | None = None,
     chat_template: str | None = None,
+    positions: int | None = None,
+    tool_call: bool = False,
 ) -> str:
     """A tiny model with one token per printable character; returns the file as a user would write it.
 
@@ -46,6 +48,8 @@ def tiny_gguf(
         table (`gguf.GGMLQuantizationType`, *optional*): of the embedding table, in place of `packed`.
         sentencepiece (`bool`): a tokenizer of that kind, with scores; else a byte-level one with merges.
         add_bos (`bool`, *optional*), chat_template (`str`, *optional*): what the file says of them; nothing by default.
+        positions (`int`, *optional*): that the file says the model has; as many as `_SETTINGS` by default.
+        tool_call (`bool`): a vocabulary with `<tool_call>` as one token, number 3, and with all that JSON needs.
     """
     import gguf
 
@@ -53,12 +57,13 @@ def tiny_gguf(
 
     file.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(file, name)
+    settings = _SETTINGS[name] if positions is None else {**_SETTINGS[name], "context_length": positions}
     for setting, value in (
-        *(("embedding_length", width), *_SETTINGS[name].items(), ("vocab_size", 97)),
+        *(("embedding_length", width), *settings.items(), ("vocab_size", 97)),
         *(("tokenizer_model", "llama"), ("token_scores", [float(-i) for i in range(97)])) * sentencepiece,
         *(("tokenizer_model", "gpt2"), ("token_merges", ["t h", "h e"])) * (not sentencepiece),
-        *(("token_list", [name for name, _ in _tokens(sentencepiece)]),),
-        *(("token_types", [kind for _, kind in _tokens(sentencepiece)]),),
+        *(("token_list", [name for name, _ in _tokens(sentencepiece, tool_call)]),),
+        *(("token_types", [kind for _, kind in _tokens(sentencepiece, tool_call)]),),
         *(("pad_token_id", 0), ("bos_token_id", 1), ("eos_token_id", 2 if sentencepiece else 1)),
         *((("key_length", 8), ("value_length", 8)) * (width != 32)),
         *((("add_bos_token", add_bos),) * (add_bos is not None)),
@@ -104,11 +109,11 @@ def _weights(name: str, seed: int, width: int, tied: bool) -> dict[str, torch.Te
     return weights
 
 
-def _tokens(sentencepiece: bool) -> list[tuple[str, int]]:
+def _tokens(sentencepiece: bool, tool_call: bool) -> list[tuple[str, int]]:
     """Names and llama.cpp's types. A tokenizer writes a space as a letter of its own; SentencePiece's has bytes, too."""
     if sentencepiece:
         special = [("<unk>", 2), ("<s>", 3), ("</s>", 3), ("\u2581", 1), ("<0x0A>", 6)]
     else:
-        special = [("<pad>", 3), ("<|endoftext|>", 3), ("\u0120", 1)]
-    letters = [(chr(code), 1) for code in range(33, 128 - len(special))]
-    return [*special, *letters, ("th", 1), ("he", 1)]
+        special = [("<pad>", 3), ("<|endoftext|>", 3), ("\u0120", 1), *[("<tool_call>", 4)] * tool_call]
+    letters = [(chr(code), 1) for code in range(33, 127) if not (tool_call and chr(code) in "^`~")]
+    return [*special, *letters[: 95 - len(special)], ("th", 1), ("he", 1)]

@@ -11,6 +11,7 @@ _ON_USE = {
     "Router": "router",
     "VllmPrompts": "vllm_prompts",
     "proxy_app": "proxy",
+    "first_turn": "chat_turns",
 }
 __all__ = [*_ON_USE]
 

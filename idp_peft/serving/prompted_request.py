@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from idp_peft.hosting.prompt_ids import AUTO, CHOOSES, check_prompt_ids
 from idp_peft.serving.chat_template import VARIABLE
+from idp_peft.serving.chat_turns import first_turn
 from idp_peft.serving.exported import ExportedModel
 from idp_peft.serving.openai_errors import RequestError
 from idp_peft.serving.request_fields import CHAT_FIELDS, COMPLETION_FIELDS, Field, check_size, checked_fields, steers
@@ -18,6 +19,7 @@ from idp_peft.serving.router import Router
 from idp_peft.serving.text_process import TextError, TextProcess
 
 MAX_TOKENS, MAX_TEXTS, MAX_REQUEST_TOKENS, CHARACTERS_PER_TOKEN = 8192, 256, 32768, 16
+CHAT_CHOICES = FIRST_TURN, WHOLE = "first_turn", "whole"
 # Characters and tokens up to which a piece of work is short, and of middle length; texts of a short one.
 _CHARACTERS, _TOKENS = (16384, 131072), (512, 2048)
 _TEXTS_READ, _TEXTS_ROUTED = 64, 8
@@ -56,6 +58,8 @@ class RequestPrompter:
         max_characters (`int`, *optional*, defaults to 16 for each of `max_request_tokens`): characters of all its texts;
             more are refused before they are tokenised.
         extra_fields (`Collection[str]`): fields of the engine's own that are handed on, unchecked.
+        chat_choice (`str`, defaults to `"first_turn"`): what of a chat chooses its prompt. `"first_turn"`: its [`first_turn`],
+            so that all its turns share a prompt, and the engine's cache; `"whole"`: all of it, anew in each turn.
     """
 
     def __init__(
@@ -67,14 +71,17 @@ class RequestPrompter:
         max_request_tokens: int | None = None,
         max_characters: int | None = None,
         extra_fields: Collection[str] = (),
+        chat_choice: str = FIRST_TURN,
     ) -> None:
+        if chat_choice not in CHAT_CHOICES:
+            raise ValueError(f"`chat_choice` must be one of {', '.join(CHAT_CHOICES)}, got {chat_choice!r}")
         self.router, self.exported = router, exported
         positions = getattr(router.layer.decoder.config, "max_position_embeddings", None) or MAX_TOKENS
         self.max_tokens = max_tokens or min(positions, MAX_TOKENS)
         self.max_texts = max_texts
         self.max_request_tokens = max_request_tokens or max(MAX_REQUEST_TOKENS, self.max_tokens)
         self.max_characters = max_characters or CHARACTERS_PER_TOKEN * self.max_request_tokens
-        self.extra_fields = frozenset(extra_fields)
+        self.extra_fields, self.chat_choice = frozenset(extra_fields), chat_choice
         self.texts = TextProcess(router.tokenizer)
         self.texts.start()
         self._names = {token for tokens in exported.tokens for token in tokens}
@@ -127,7 +134,7 @@ class RequestPrompter:
                 f"`chat_template_kwargs` must be an object of variables of the template, without {which}",
                 "chat_template_kwargs",
             )
-        row = yield from self._rendered(body, template_kwargs)
+        row = yield from self._choosing_part(body, template_kwargs)
         chosen = yield from self._choose([row], body.pop(VARIABLE, None))
         if chosen[0] >= 0 or self.exported.default_prompt is not None:
             body["chat_template_kwargs"] = {**template_kwargs, VARIABLE: chosen[0]}
@@ -202,14 +209,26 @@ class RequestPrompter:
                     "context_length_exceeded",
                 )
 
-    def _rendered(self, body: dict, template_kwargs: dict) -> Generator[Piece, Any, list[int]]:
-        """The token ids of a chat, without a soft prompt."""
+    def _choosing_part(self, body: dict, template_kwargs: dict) -> Generator[Piece, Any, list[int]]:
+        """The token ids of what chooses a chat's prompt. The first turn is rendered as it was when it came alone; where the
+        template refuses it so, the whole chat chooses."""
         settings = {"add_generation_prompt": body.get("add_generation_prompt", True)}
         given = ("tools", "documents", "continue_final_message", "reasoning_effort")
         settings |= {name: body[name] for name in given if name in body}
         messages = _with_parsed_arguments(body["messages"])
         self._check_names("messages", messages)
         text = yield Piece("chat", functools.partial(self._text_of, messages, {**settings, **template_kwargs}))
+        whole = yield from self._ids_of_chat(text)
+        first = first_turn(messages)
+        if self.chat_choice == WHOLE or first == messages:
+            return whole
+        if settings.pop("continue_final_message", False):  # of an answer that was begun behind a generation prompt
+            settings["add_generation_prompt"] = True
+        text = yield Piece("chat", functools.partial(self._text_or_nothing, first, {**settings, **template_kwargs}))
+        return (yield from self._ids_of_chat(text)) or whole
+
+    def _ids_of_chat(self, text: str) -> Generator[Piece, Any, list[int]]:
+        """The token ids of a rendered chat, without a soft prompt."""
         self._check_characters(len(text), "messages")
         behind = "".join(self.exported.tokens[0]) + text
         row, whole = yield self._reading([text, behind], False, "messages")
@@ -221,6 +240,12 @@ class RequestPrompter:
                 501, "this model's tokenizer reads text behind a soft prompt in another way: use /v1/completions"
             )
         return row
+
+    def _text_or_nothing(self, messages: list[dict], settings: dict) -> str:
+        try:
+            return self._text_of(messages, settings)
+        except RequestError:
+            return ""
 
     def _text_of(self, messages: list[dict], settings: dict) -> str:
         try:

@@ -6,6 +6,7 @@ import contextlib
 import hmac
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
@@ -69,7 +70,7 @@ class ProxySettings:
 def proxy_app(prompter: RequestPrompter, settings: ProxySettings) -> ASGIApp:
     """The proxy as an ASGI application.
 
-    Routes: `POST /v1/completions`, `POST /v1/chat/completions`, `GET /v1/models`, `GET /health`.
+    Routes: `POST /v1/completions`, `POST /v1/chat/completions`, `GET /v1/models`, `GET /v1/models/NAME`, `GET /health`.
 
     Args:
         prompter (`RequestPrompter`): who chooses prompts.
@@ -81,6 +82,7 @@ def proxy_app(prompter: RequestPrompter, settings: ProxySettings) -> ASGIApp:
             Route(COMPLETIONS, proxy.completions, methods=["POST"]),
             Route(CHAT, proxy.chat, methods=["POST"]),
             Route(MODELS, proxy.models, methods=["GET"]),
+            Route(f"{MODELS}/{{name:path}}", proxy.model, methods=["GET"]),
             Route(HEALTH, proxy.health, methods=["GET"]),
         ],
         lifespan=proxy.lifespan,
@@ -94,6 +96,12 @@ class _Proxy:
     def __init__(self, prompter: RequestPrompter, settings: ProxySettings) -> None:
         self.prompter, self.settings = prompter, settings
         self.running = 0
+        self.description = {
+            "id": settings.model,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "idp-peft",
+        }
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _app) -> AsyncIterator[None]:
@@ -113,8 +121,22 @@ class _Proxy:
         return await self._post(request, CHAT, self.prompter.chat_pieces)
 
     async def models(self, request: Request) -> Response:
+        """A list of the model that is served, and no other that the engine may have."""
+        return await self._described(request, lambda model: {"object": "list", "data": [model]})
+
+    async def model(self, request: Request) -> Response:
+        return await self._described(request, lambda model: model, request.path_params["name"])
+
+    async def _described(self, request: Request, shape: Callable[[dict], dict], name: str | None = None) -> Response:
+        """The model, with what the engine says of it, if it knows it by this name (llama.cpp answers to any)."""
         self._check_token(request)
-        return await self._get(request, MODELS, self._headers(request))
+        self._check_model({"model": name})
+        answer = await self._get(request, MODELS, self._headers(request))
+        if answer.status_code != 200:
+            return answer
+        if isinstance(answer, _Stream):  # longer than any list of models, or events
+            await _let_go(answer.engine)
+        return JSONResponse(shape({**self.description, **_entry(answer, self.settings.model)}))
 
     async def health(self, request: Request) -> Response:
         return await self._get(request, HEALTH, {})
@@ -334,6 +356,14 @@ def _parsed(body: bytes) -> dict:
     return content
 
 
+def _entry(models: Response, name: str) -> dict:
+    """What an engine's list of models says of one of them: nothing where it is not there."""
+    try:
+        return next((entry for entry in json.loads(models.body)["data"] if entry["id"] == name), {})
+    except (AttributeError, ValueError, RecursionError, LookupError, TypeError) as error:
+        raise RequestError(502, "the engine's list of models cannot be read", code="engine_failed") from error
+
+
 def _error_response(error: RequestError) -> JSONResponse:
     headers = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}.get(error.status)
     return JSONResponse(error.body, status_code=error.status, headers=headers)
@@ -345,7 +375,12 @@ async def _answer_error(_request: Request, error: Exception) -> JSONResponse:
 
 async def _answer_http(request: Request, error: Exception) -> JSONResponse:
     """An unknown path or method."""
-    return _error_response(RequestError(error.status_code, f"{error.detail}: {request.method} {request.scope['path']}"))
+    routes = [(method, route.path_format) for route in request.app.routes for method in route.methods - {"HEAD"}]
+    served = ", ".join(f"{method} {path}" for method, path in routes)
+    message = f"{error.detail}: {request.method} {request.scope['path']}. This serves {served}"
+    response = _error_response(RequestError(error.status_code, message))
+    response.headers.update(error.headers or {})  # which methods a path allows
+    return response
 
 
 async def _answer_unexpected(request: Request, error: Exception) -> JSONResponse:

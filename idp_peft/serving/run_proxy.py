@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from idp_peft.files.error_reason import missing
 from idp_peft.serving.exported import ExportedModel
-from idp_peft.serving.prompted_request import MAX_TEXTS, RequestPrompter
+from idp_peft.serving.prompted_request import FIRST_TURN, MAX_TEXTS, RequestPrompter
 from idp_peft.serving.request_fields import REFUSED
 from idp_peft.serving.router import Router
 
@@ -37,6 +37,7 @@ def run_proxy(
     timeout: float = 600.0,
     allow_origins: Sequence[str] | None = None,
     engine_fields: Sequence[str] = (),
+    chat_choice: str = FIRST_TURN,
 ) -> None:
     """Serve until interrupted. Bearer tokens come from `$IDP_PROXY_API_KEY` (what requests must carry) and
     `$IDP_ENGINE_API_KEY` (what the engine wants), so that they stand in no process list.
@@ -57,6 +58,7 @@ def run_proxy(
         allow_origins (`Sequence[str]`, *optional*, defaults to none): origins of the web pages that may call from a
             browser, `"*"` for all.
         engine_fields (`Sequence[str]`): fields of the engine's own that requests may hold.
+        chat_choice (`str`, defaults to `"first_turn"`): what of a chat chooses its prompt; see [`RequestPrompter`].
 
     Raises:
         `ValueError`: for a folder, an address or an origin that is none.
@@ -110,6 +112,7 @@ def run_proxy(
         max_request_tokens,
         max_characters,
         engine_fields,
+        chat_choice,
     )
     if settings.api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("listening on %s without a bearer token: set $%s to ask for one", host, API_KEY)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from idp_peft.serving.chat_turns import first_turn
 from idp_peft.serving.router import Router
 
 # The role of a message that holds a soft prompt alone; see `chat_template`.
@@ -78,7 +79,7 @@ class VllmPrompts:
         front of everything.
 
         Args:
-            messages (`list[dict]`): the chat; it picks the prompt as the tokenizer's own template renders it.
+            messages (`list[dict]`): the chat; its [`first_turn`] picks the prompt as the tokenizer's own template renders it.
             prompt_id (`int`, *optional*): a forced prompt.
             fields: `model`, `max_tokens`, ...
 
@@ -89,7 +90,7 @@ class VllmPrompts:
             raise ValueError("prompts of keys and values need token ids: render the chat, and use `completion_body`")
         if prompt_id is None:
             tokenizer = self.router.tokenizer
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(first_turn(messages), tokenize=False, add_generation_prompt=True)
             row = tokenizer(text, add_special_tokens=False)["input_ids"]
             prompt_id = int(self.router.route([row]).prompt_ids[0])
         part = {"type": "prompt_embeds", "data": encode(self.router.prompts[prompt_id])}
