@@ -27,7 +27,7 @@ STUDY := benchmarks/study/configs/smollm2-135m.yaml
 TRAINED := runs/study/smollm2-135m/gptq-3bit
 MEASURED ?= runs/measured
 
-.PHONY: demo study test test-all test-oldest test-models test-models-oldest test-compression test-serving test-distributed test-peft test-peft-oldest lint
+.PHONY: demo study test test-all test-oldest test-models test-models-oldest test-compression test-serving test-browser test-distributed test-peft test-peft-oldest lint
 
 # The two MALLOC settings spare page faults while training.
 demo: $(COMPRESSION_ENV)
@@ -85,6 +85,11 @@ test-compression: $(COMPRESSION_ENV)
 # Against a real vLLM, and LiteLLM as a client, some minutes on one core: vLLM pins its own torch and transformers.
 test-serving: $(VENV)-serving/.test-ready
 	$(VENV)-serving/bin/python -m pytest tests/serving
+
+# The playground in a headless Chromium, which must be installed (Debian's package `chromium` will do).
+test-browser: $(TEST_ENV)
+	$(PY) -m pip install -q playwright
+	$(PY) -m pytest tests/slow/test_playground_in_browser.py
 
 # Two gloo processes in every way of sharding; ZeRO-3 too where DeepSpeed is installed (`pip install deepspeed`).
 test-distributed: $(TEST_ENV)

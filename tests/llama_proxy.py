@@ -35,12 +35,12 @@ TEMPLATE = (
 
 
 @contextlib.contextmanager
-def llama_proxy(folder: Path) -> Iterator[str]:
-    """The address of a proxy that wants a token, in front of a tiny model with three prompts."""
+def llama_proxy(folder: Path, **settings) -> Iterator[str]:
+    """The address of a proxy that wants a token, in front of a tiny model with three prompts; further `ProxySettings`."""
     one = on_file(folder, positions=2048, chat_template=TEMPLATE, tool_call=True, prompts={"selection": "centroid"})
     exported = one.export(folder / "served")
     engine = LlamaServer(folder / "served" / "model.gguf", slots=2, context=2048)
     prompter = RequestPrompter(Router.from_pretrained(folder / "served"), exported)
-    settings = ProxySettings(engine.url, MODEL, api_key=KEY)
-    with Server(proxy_app(prompter, settings), **connections()) as server:
+    app = proxy_app(prompter, ProxySettings(engine.url, MODEL, api_key=KEY, **settings))
+    with Server(app, **connections()) as server:
         yield f"{server.url}/v1"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Generator, Iterator
 from typing import Any, NamedTuple
 
 from idp_peft.hosting.prompt_ids import AUTO, CHOOSES, check_prompt_ids
+from idp_peft.selection import Selection
 from idp_peft.serving.chat_template import VARIABLE
 from idp_peft.serving.chat_turns import first_turn
 from idp_peft.serving.exported import ExportedModel
@@ -119,6 +120,24 @@ class RequestPrompter:
 
     def chat_pieces(self, body: dict) -> Pieces:
         """[`chat`], piece by piece."""
+        body, row = yield from self._chat(body)
+        chosen = yield from self._choose([row], body.pop(VARIABLE, None))
+        if chosen[0] >= 0 or self.exported.default_prompt is not None:
+            body["chat_template_kwargs"] = {**body.get("chat_template_kwargs", {}), VARIABLE: chosen[0]}
+        return self._never_generating(body, CHAT_FIELDS), chosen
+
+    def choice_pieces(self, body: dict) -> Generator[Piece, Any, Selection]:
+        """What a chat, or the first text of a completion, chooses, whatever `idp_prompt` says; piece by piece."""
+        if "messages" in body:
+            _, row = yield from self._chat(body)
+        else:
+            body = self._checked(body, COMPLETION_FIELDS)
+            texts = _texts(body.get("prompt"), self.max_texts)
+            row, *_ = yield from self._read(texts, body.get("add_special_tokens", True), "prompt")
+        return (yield self._choosing([row]))
+
+    def _chat(self, body: dict) -> Generator[Piece, Any, tuple[dict, list[int]]]:
+        """The body of a chat, checked, and the token ids of what chooses its prompt."""
         body = self._checked(body, CHAT_FIELDS)
         if body.get("add_special_tokens"):
             raise RequestError(
@@ -134,11 +153,7 @@ class RequestPrompter:
                 f"`chat_template_kwargs` must be an object of variables of the template, without {which}",
                 "chat_template_kwargs",
             )
-        row = yield from self._choosing_part(body, template_kwargs)
-        chosen = yield from self._choose([row], body.pop(VARIABLE, None))
-        if chosen[0] >= 0 or self.exported.default_prompt is not None:
-            body["chat_template_kwargs"] = {**template_kwargs, VARIABLE: chosen[0]}
-        return self._never_generating(body, CHAT_FIELDS), chosen
+        return body, (yield from self._choosing_part(body, template_kwargs))
 
     def _checked(self, body: dict, fields: dict[str, Field]) -> dict:
         body = checked_fields(body, fields, self.exported.vocab_size, self.extra_fields)
@@ -264,14 +279,15 @@ class RequestPrompter:
             raise RequestError(400, str(error).replace("prompt_ids", VARIABLE), VARIABLE) from error
         open_rows = [index for index, prompt in enumerate(given) if prompt == CHOOSES]
         for some in _of_like_length(open_rows, rows):
-            for index, prompt in zip(some, (yield self._choosing([rows[index] for index in some])), strict=True):
+            selection = yield self._choosing([rows[index] for index in some])
+            for index, prompt in zip(some, selection.prompt_ids.tolist(), strict=True):
                 given[index] = prompt
         return given
 
     def _choosing(self, rows: list[list[int]]) -> Piece:
-        def work() -> list[int]:
+        def work() -> Selection:
             try:
-                return self.router.route(rows).prompt_ids.tolist()
+                return self.router.route(rows)
             except ValueError as error:
                 raise RequestError(400, str(error), "prompt") from error
 

@@ -7,7 +7,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import anyio
@@ -55,6 +55,7 @@ class ProxySettings:
         allow_origins (`tuple[str]`, defaults to none): origins of the web pages that may call from a browser, `("*",)` for
             all.
         max_requests (`int`, defaults to `256`): requests that are worked on at once.
+        playground (`bool`, defaults to `False`): serve a page to try it, at `/playground`.
     """
 
     engine: str
@@ -65,6 +66,7 @@ class ProxySettings:
     timeout: float = 600.0
     allow_origins: tuple[str, ...] = ()
     max_requests: int = 256
+    playground: bool = False
 
 
 def proxy_app(prompter: RequestPrompter, settings: ProxySettings) -> ASGIApp:
@@ -76,7 +78,12 @@ def proxy_app(prompter: RequestPrompter, settings: ProxySettings) -> ASGIApp:
         prompter (`RequestPrompter`): who chooses prompts.
         settings (`ProxySettings`): see there.
     """
-    proxy = _Proxy(prompter, settings)
+    proxy, page = _Proxy(prompter, settings), []
+    if settings.playground:
+        from idp_peft.serving.playground import playground_routes
+
+        has_chats, needs_key = bool(prompter.router.tokenizer.chat_template), settings.api_key is not None
+        page = playground_routes(settings.model, prompter.router.config, has_chats, needs_key, proxy.choice)
     app = Starlette(
         routes=[
             Route(COMPLETIONS, proxy.completions, methods=["POST"]),
@@ -84,6 +91,7 @@ def proxy_app(prompter: RequestPrompter, settings: ProxySettings) -> ASGIApp:
             Route(MODELS, proxy.models, methods=["GET"]),
             Route(f"{MODELS}/{{name:path}}", proxy.model, methods=["GET"]),
             Route(HEALTH, proxy.health, methods=["GET"]),
+            *page,
         ],
         lifespan=proxy.lifespan,
         exception_handlers={RequestError: _answer_error, HTTPException: _answer_http, Exception: _answer_unexpected},
@@ -119,6 +127,20 @@ class _Proxy:
 
     async def chat(self, request: Request) -> Response:
         return await self._post(request, CHAT, self.prompter.chat_pieces)
+
+    async def choice(self, request: Request) -> Response:
+        """Which prompt a request would get, and the scores; the engine is not asked."""
+        self._check_token(request)
+        body = _parsed(await self._read(request))
+        self._check_model(body)
+
+        async def choose() -> Response:
+            chosen = await self._in_turns(self.prompter.choice_pieces(body))
+            scores = None if chosen.scores is None else chosen.scores[0].tolist()
+            return JSONResponse({"prompt": int(chosen.prompt_ids[0]), "scores": scores})
+
+        with self._place():
+            return await _while_connected(request, choose)
 
     async def models(self, request: Request) -> Response:
         """A list of the model that is served, and no other that the engine may have."""
@@ -176,7 +198,7 @@ class _Proxy:
         finally:
             self.running -= 1
 
-    async def _in_turns(self, pieces: Pieces) -> tuple[dict, list[int]]:
+    async def _in_turns(self, pieces: Generator):
         """All pieces, each in a thread. In between others have their turn, and nothing is begun for a client that left."""
         result = None
         while True:

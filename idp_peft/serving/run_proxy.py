@@ -37,6 +37,7 @@ def run_proxy(
     timeout: float = 600.0,
     allow_origins: Sequence[str] | None = None,
     engine_fields: Sequence[str] = (),
+    playground: bool = False,
     chat_choice: str = FIRST_TURN,
 ) -> None:
     """Serve until interrupted. Bearer tokens come from `$IDP_PROXY_API_KEY` (what requests must carry) and
@@ -58,6 +59,7 @@ def run_proxy(
         allow_origins (`Sequence[str]`, *optional*, defaults to none): origins of the web pages that may call from a
             browser, `"*"` for all.
         engine_fields (`Sequence[str]`): fields of the engine's own that requests may hold.
+        playground (`bool`, defaults to `False`): serve a page to try it, at `/playground`.
         chat_choice (`str`, defaults to `"first_turn"`): what of a chat chooses its prompt; see [`RequestPrompter`].
 
     Raises:
@@ -103,6 +105,7 @@ def run_proxy(
         timeout=timeout,
         max_requests=max_requests,
         allow_origins=origins,
+        playground=playground,
     )
     prompter = RequestPrompter(
         Router.from_pretrained(model),
