@@ -6,7 +6,9 @@ import shutil
 
 import pytest
 
-playwright = pytest.importorskip("playwright.sync_api", reason="`make test-browser` installs a driver of browsers")
+pytest.importorskip("playwright", reason="`make test-browser` installs a driver of browsers")
+
+from playwright import sync_api as playwright
 from starlette.applications import Starlette
 from starlette.responses import HTMLResponse
 from starlette.routing import Route
