@@ -111,6 +111,7 @@ def loading():
 
 def serving():
     adapter(Path("run/adapter"))
+    adapter(Path("run/keys"), prompts="key_values", init_weights=False)
     export_to_vocab("run/adapter", "served")
     generated, posted = [], []
     engine = SimpleNamespace(generate=lambda prompts, sampling: generated.append(prompts))
@@ -127,7 +128,13 @@ def serving():
             (alone,) = prompts.for_llm([text], mixed=mixed)
             assert alone.keys() == row.keys()
             assert all(torch.equal(torch.as_tensor(alone[name]), torch.as_tensor(row[name])) for name in row)
-    assert [url for url, _ in posted] == ["http://it/v1/completions", "http://it/v1/chat/completions"]
+    completions = "http://it/v1/completions"
+    assert [url for url, _ in posted] == [completions, "http://it/v1/chat/completions", completions]
+    keys = names["keys"]
+    assert posted[2][1]["prompt"] == [
+        [chosen] * keys.router.config.num_virtual_tokens + keys.router.token_ids(text)
+        for text, chosen in zip(TEXTS, keys.router.route(TEXTS).prompt_ids.tolist(), strict=True)
+    ]
     alone = [prompts.completion_body([text])["prompt_embeds"] for text in TEXTS]
     assert posted[0][1]["prompt_embeds"] == alone
     chat, chosen = names["answer"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,7 +49,7 @@ def serve(options: argparse.Namespace, record) -> None:
     """Start every way of serving, and let them take turns."""
     from tqdm.auto import tqdm
 
-    from benchmarks.serving.load import load, post, seconds_to_first_token
+    from benchmarks.serving.load import Texts, load, post, seconds_to_first_token
     from benchmarks.serving.subjects import ROUTES, Routes, make
 
     make(options.what, options.folder)
@@ -90,22 +89,6 @@ def serve(options: argparse.Namespace, record) -> None:
             if not record.has(case={"first token of": tokens}, contestant=name, repetition=turn):
                 seconds = seconds_to_first_token(routes.processes[name][0].url, routes.body(name, text, 2))
                 record.add(case={"first token of": tokens}, contestant=name, repetition=turn, seconds=seconds)
-
-
-class Texts:
-    """Pieces of real text of a number of tokens, none of them twice."""
-
-    def __init__(self, router) -> None:
-        self.tokenizer, self.ids = router.tokenizer, self._tokens()
-
-    def _tokens(self) -> Iterator[int]:
-        from idp_peft.texts.data import load_texts
-
-        for text in itertools.chain(load_texts("wiki", "train"), load_texts("kinds", "train")):
-            yield from self.tokenizer(text)["input_ids"]
-
-    def next(self, tokens: int) -> str:
-        return self.tokenizer.decode(list(itertools.islice(self.ids, tokens)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ TEXTS, FILE_TEXTS = 64, 4000
 def measure(options: argparse.Namespace, record) -> None:
     """Measure choices by centroids and by attention, of texts of each length, in turns."""
     from benchmarks.common.contestants import with_method
-    from benchmarks.serving.__main__ import Texts
+    from benchmarks.serving.load import Texts
     from idp_peft.models.loading import load_model, place_of
     from idp_peft.serving import Router
 

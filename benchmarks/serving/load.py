@@ -1,10 +1,12 @@
-"""Requests to a server, so many at once, and what they took."""
+"""Texts that nobody has seen, requests with them to a server, so many at once, and what they took."""
 
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
@@ -60,3 +62,19 @@ def load(url: str, bodies: list[dict], at_once: int) -> dict:
         "latencies": [round(seconds, 5) for seconds, _ in answers],
         "cached_tokens": sum(cached for _, cached in answers),
     }
+
+
+class Texts:
+    """Pieces of real text of a number of tokens, none of them twice."""
+
+    def __init__(self, router) -> None:
+        self.tokenizer, self.ids = router.tokenizer, self._tokens()
+
+    def _tokens(self) -> Iterator[int]:
+        from idp_peft.texts.data import load_texts
+
+        for text in itertools.chain(load_texts("wiki", "train"), load_texts("kinds", "train")):
+            yield from self.tokenizer(text)["input_ids"]
+
+    def next(self, tokens: int) -> str:
+        return self.tokenizer.decode(list(itertools.islice(self.ids, tokens)))

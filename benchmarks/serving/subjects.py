@@ -57,8 +57,8 @@ def make(engine: str, folder: Path) -> None:
     done.touch()
 
 
-def write_lora(file: Path, model, targets: str | list[str], rank: int) -> None:
-    """A LoRA of small random numbers as a GGUF file: what it costs does not depend on them."""
+def write_lora(file: Path, model, targets: str | list[str], rank: int, size: float = 1e-3) -> None:
+    """A LoRA of random numbers of some size as a GGUF file: what it costs does not depend on them."""
     import gguf
     import torch
 
@@ -73,7 +73,7 @@ def write_lora(file: Path, model, targets: str | list[str], rank: int) -> None:
         if wanted and (targets == "all-linear" or name.rpartition(".")[2] in targets):
             place = names.get_name(f"{name}.weight", try_suffixes=(".weight",))
             for end, shape in (("a", (rank, module.in_features)), ("b", (module.out_features, rank))):
-                part = 1e-3 * torch.randn(shape, generator=generator)
+                part = size * torch.randn(shape, generator=generator)
                 writer.add_tensor(f"{place}.lora_{end}", part.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
