@@ -53,12 +53,12 @@ def serve(options: argparse.Namespace, record) -> None:
     from benchmarks.serving.subjects import ROUTES, Routes, make
 
     make(options.what, options.folder)
-    routes = Routes(options.what, options.folder)
     names = [
         name
         for name in ROUTES[options.what]
         if options.routes is None or any(name.startswith(start) for start in options.routes)
     ]
+    routes = Routes(options.what, options.folder, names)
     for name in names:
         if not record.has(case="process", contestant=name, repetition=0):
             post(routes.processes[name][0].url, routes.body(name, "A first request.", 2))

@@ -8,6 +8,7 @@ from benchmarks.serving.engines import Served, llama_cpp, proxy, vllm
 
 NUM_PROMPTS, LENGTH, LORA_RANK = 4, 32, 16
 SLOTS, CONTEXT = 32, 640
+LORAS = {"LoRA, rank 16": "lora-16", "LoRA of the bank's size": "lora-size"}
 ROUTES = {
     "llama.cpp": [
         "base alone",
@@ -82,52 +83,50 @@ def write_lora(file: Path, model, targets: str | list[str], rank: int, size: flo
 
 
 class Routes:
-    """All ways to a model in one engine, started: name -> where requests go, and the processes that answer."""
+    """Ways to a model in one engine, each in a process of its own: name -> the processes that answer, the first one the client's.
 
-    def __init__(self, engine: str, folder: Path) -> None:
-        from idp_peft.serving import ExportedModel, Router
+    Args:
+        engine (`str`): `"llama.cpp"` or `"vllm"`.
+        folder (`Path`): what [`make`] wrote.
+        names (`list[str]`): of `ROUTES[engine]`.
+    """
 
-        log = folder / "engine.log"
-        if engine == "llama.cpp":
-            base = llama_cpp(folder / "base.gguf", log, SLOTS, CONTEXT)
-            served, behind = (llama_cpp(folder / "served" / "model.gguf", log, SLOTS, CONTEXT) for _ in range(2))
-            loras = {
-                name: llama_cpp(folder / "base.gguf", log, SLOTS, CONTEXT, (folder / f"{name}.gguf",))
-                for name in ("lora-16", "lora-size")
-            }
-            self.models = dict.fromkeys(ROUTES[engine], "idp")
-        else:
-            base = vllm(folder / "base", log, SLOTS, CONTEXT, ("--enable-prompt-embeds",))
-            served, behind = (vllm(folder / "served", log, SLOTS, CONTEXT) for _ in range(2))
-            flags = ["--enable-lora", "--max-lora-rank", str(LORA_RANK), "--lora-modules"]
-            flags += [f"{name}={folder / name}" for name in ("lora-16", "lora-size")]
-            both = vllm(folder / "base", log, SLOTS, CONTEXT, tuple(flags))
-            loras = {"lora-16": both, "lora-size": both}
-            self.models = dict.fromkeys(ROUTES[engine], "idp") | {
-                "LoRA, rank 16": "lora-16",
-                "LoRA of the bank's size": "lora-size",
-            }
-        front = proxy(folder / "served", behind, log)  # an engine of its own: each way is asked the same texts
-        self.processes: dict[str, list[Served]] = {
-            "base alone": [base],
-            "IDP, the client chooses": [served],
-            "IDP, the proxy chooses": [front, behind],
-            "LoRA, rank 16": [loras["lora-16"]],
-            "LoRA of the bank's size": [loras["lora-size"]],
-        }
-        self.exported, self.router = (
-            ExportedModel.from_folder(folder / "served"),
-            Router.from_pretrained(folder / "served"),
-        )
-        if engine == "vllm":
-            from idp_peft.serving import VllmPrompts
+    def __init__(self, engine: str, folder: Path, names: list[str]) -> None:
+        from idp_peft.serving import ExportedModel, Router, VllmPrompts
 
-            self.processes["IDP by embeddings"] = [base]
+        self.engine = engine
+        self.processes = {name: self._start(engine, folder, name) for name in names}
+        self.exported = ExportedModel.from_folder(folder / "served")
+        self.router = Router.from_pretrained(folder / "served")
+        if "IDP by embeddings" in names:
             self.embeddings = VllmPrompts(Router.from_pretrained(folder / "adapter", folder / "base"))
+
+    @staticmethod
+    def _start(engine: str, folder: Path, name: str) -> list[Served]:
+        log, lora = folder / "engine.log", LORAS.get(name)
+        if engine == "llama.cpp":
+            file = folder / "served" / "model.gguf" if name.startswith("IDP") else folder / "base.gguf"
+            started = llama_cpp(file, log, SLOTS, CONTEXT, (folder / f"{lora}.gguf",) if lora else ())
+        else:
+            flags = ["--enable-prompt-tokens-details"]
+            if lora:
+                flags += [
+                    "--enable-lora",
+                    "--max-lora-rank",
+                    str(LORA_RANK),
+                    "--lora-modules",
+                    f"{lora}={folder / lora}",
+                ]
+            if name == "IDP by embeddings":
+                flags.append("--enable-prompt-embeds")
+            is_exported = name in ("IDP, the client chooses", "IDP, the proxy chooses")
+            started = vllm(folder / ("served" if is_exported else "base"), log, SLOTS, CONTEXT, tuple(flags))
+        return [proxy(folder / "served", started, log), started] if name == "IDP, the proxy chooses" else [started]
 
     def body(self, route: str, text: str, tokens_out: int) -> dict:
         """A greedy request of exactly so many tokens."""
-        fields = {"model": self.models[route], "max_tokens": tokens_out, "temperature": 0, "ignore_eos": True}
+        model = LORAS[route] if self.engine == "vllm" and route in LORAS else "idp"
+        fields = {"model": model, "max_tokens": tokens_out, "temperature": 0, "ignore_eos": True}
         if route == "IDP by embeddings":
             return self.embeddings.completion_body([text], **fields)
         if route != "IDP, the client chooses":

@@ -104,7 +104,7 @@ def _first_tokens(cases) -> list[str]:
         cells = []
         for ways in found.values():
             ratio = statistics.median(
-                own["seconds"] / base["seconds"] for own, base in zip(ways[way], ways[BASE], strict=True)
+                own["seconds"] / base["seconds"] for own, base in zip(ways[way], ways[BASE], strict=False)
             )
             cells.append(f"{1000 * statistics.median(turn['seconds'] for turn in ways[way]):.0f} ms ({ratio:.2f})")
         lines.append(row([way, *cells]))
