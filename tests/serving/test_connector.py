@@ -18,7 +18,7 @@ from idp_peft.models.loading import load_model, load_tokenizer
 from idp_peft.serving import Router, VllmPrompts
 from tests.loopback import client
 from tests.patience import PATIENCE
-from tests.serving.vllm_server import BLOCK, VllmServer, _random_model
+from tests.serving.vllm_server import BLOCK, VllmServer, random_model
 from tests.tiny import VOCAB
 
 TOKENS, PROMPTS, LENGTH = 12, 3, 2 * BLOCK
@@ -51,11 +51,11 @@ class Subject:
     """A base, an adapter of key/value prompts on it, and the router of both."""
 
     def __init__(self, name: str, folder) -> None:
-        if name == "tiny":
-            _random_model("tiny", folder / "base")
-        else:
+        if name == "default":
             load_model("default").save_pretrained(folder / "base")
             load_tokenizer("default").save_pretrained(folder / "base")
+        else:
+            random_model(name, folder / "base")
         self.base, self.adapter = folder / "base", folder / "adapter"
         save_adapter(tf.AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32), self.adapter)
         self.model, _ = idp_peft.load(self.adapter, self.base)
@@ -77,7 +77,7 @@ class Subject:
         return out[0, len(ids) :].tolist()
 
 
-@pytest.fixture(scope="module", params=["tiny", "default"])
+@pytest.fixture(scope="module", params=["tiny", "qwen2", "default"])
 def one(request, tmp_path_factory):
     return Subject(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -143,6 +143,37 @@ def test_a_prompt_is_found_in_the_engines_cache_the_second_time(one, http):
     assert found["external_prefix_cache_hits_total"] >= PROMPTS * LENGTH
 
 
+def fresh(one, row, prompt: int, salt: str) -> dict:
+    """A request whose blocks the engine shares with those of the same salt alone."""
+    return {**one.prompts.completion_body([row], [prompt], **GREEDY), "cache_salt": salt}
+
+
+@pytest.mark.parametrize("length", [BLOCK, BLOCK + 8, LENGTH - 1])
+def test_text_of_a_placeholders_token_is_text(one, http, length):
+    """Neither does it get the prompt's blocks, nor does a prompt get its."""
+    text, row = [1] * length, one.rows[1]
+    for salt, order in (("text first", (-1, 1)), ("prompt first", (1, -1))):
+        for prompt in order:
+            ids = text if prompt == -1 else row
+            (choice,) = ask(http, fresh(one, ids, prompt, f"{salt} {length}"))
+            assert choice["token_ids"] == one.say(ids, prompt), (salt, prompt)
+
+
+FAILING = {
+    "log-probabilities of the prompt": lambda one: fresh(one, one.rows[1], 2, "a") | {"prompt_logprobs": 0},
+    "an echo with log-probabilities": lambda one: fresh(one, one.rows[1], 2, "a") | {"echo": True, "logprobs": 1},
+    "a prompt without text": lambda one: fresh(one, [], 2, "a"),
+}
+
+
+@pytest.mark.parametrize("why", FAILING)
+def test_a_request_that_would_compute_the_placeholder_fails_alone(one, http, why):
+    response = http.post("/v1/completions", json=FAILING[why](one))
+    assert response.status_code == 500, response.text
+    (choice,) = ask(http, fresh(one, one.rows[1], 2, "a"))
+    assert choice["token_ids"] == one.say(one.rows[1], 2)
+
+
 REFUSED = {
     "a length of no whole blocks": (
         lambda base, folder: save_adapter(base, folder, 40),
@@ -159,7 +190,7 @@ REFUSED = {
 @pytest.mark.parametrize("why", REFUSED)
 def test_what_cannot_be_served_stops_the_engine_with_the_reason(tmp_path, why):
     make, message = REFUSED[why]
-    _random_model("tiny", tmp_path / "base")
+    random_model("tiny", tmp_path / "base")
     make(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     server = VllmServer(tmp_path / "base", tmp_path / "log", connector(tmp_path / "adapter"))
     with pytest.raises(RuntimeError, match="did not start"), server:
