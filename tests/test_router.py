@@ -108,6 +108,8 @@ def test_texts_are_routed_in_their_order_whatever_the_batches(tmp_path):
             one.model(input_ids=ids)
         assert found.prompt_ids[index] == one.model.last_selection.prompt_ids[0]
         assert torch.allclose(found.scores[index], one.model.last_selection.scores[0], atol=1e-6)
+    mixed = [router.token_ids(text) if index % 3 else text for index, text in enumerate(texts)]
+    assert torch.equal(router.route(mixed, batch_size=3).scores, found.scores)
     assert found.names == [["a", "b", "c", "d"][chosen] for chosen in found.prompt_ids]
     assert len(found.prompt_ids.unique()) > 1, "else any order would do"
 
