@@ -14,7 +14,7 @@ import idp_peft
 from idp_peft import IDPConfig
 from idp_peft.composition import compose, split
 from idp_peft.hosting.architectures import cache_name, find_decoder, forward_parameters
-from idp_peft.serving import Router, VllmPrompts, export_to_vocab
+from idp_peft.serving import Router, export_to_vocab
 from tests.hosts import needs_transformers_adapter_methods
 from tests.reference import bank_of
 from tests.tiny import NAMES, VOCAB, tiny, token_batch
@@ -398,8 +398,6 @@ def test_the_router_chooses_and_what_needs_tokens_is_refused(made, tmp_path, sel
     with pytest.raises(ValueError, match="no token of a vocabulary has these"):
         export_to_vocab(tmp_path / "adapter", tmp_path / "exported", tmp_path / "base")
     assert not (tmp_path / "exported").exists()
-    with pytest.raises(ValueError, match="have no embeddings that an engine could be sent"):
-        VllmPrompts(router)
 
 
 @needs_transformers_adapter_methods

@@ -112,6 +112,21 @@ def test_a_chat_body_begins_with_a_message_that_the_chat_template_puts_in_front(
     )
 
 
+def test_a_key_value_prompt_is_a_placeholder_in_front_of_the_texts_tokens(tmp_path):
+    one = saved(tmp_path, prompts="key_values", init_weights=False)
+    prompts, tokenizer = prompts_of(one), chat_tokenizer()
+    rows = [tokenizer(text)["input_ids"] for text in TEXTS]
+    chosen = prompts.router.route(TEXTS).prompt_ids.tolist()
+    made = [prompt["prompt_token_ids"] for prompt in prompts.for_llm(TEXTS)]
+    assert made == [[prompt] * 4 + row for prompt, row in zip(chosen, rows, strict=True)]
+    body = prompts.completion_body(TEXTS, [2, -1, 0], model="m")
+    assert body == {"model": "m", "prompt": [[2] * 4 + rows[0], rows[1], [0] * 4 + rows[2]]}
+    with pytest.raises(ValueError, match=r"`prompt_ids` must be between -1 \(no prompt\) and 2, got 3"):
+        prompts.for_llm(TEXTS[:1], [3])
+    with pytest.raises(ValueError, match="render the chat, and use `completion_body`"):
+        prompts.chat_body([{"role": "user", "content": "w5"}], 1)
+
+
 def test_what_is_no_prompt_is_refused(tmp_path):
     prompts = prompts_of(saved(tmp_path))
     with pytest.raises(ValueError, match=r"`prompt_ids` must be between -1 \(no prompt\) and 2, got 3"):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,13 +15,15 @@ from peft import get_peft_model
 
 pytest.importorskip("vllm", reason="`make test-serving` makes an environment with it")
 
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
+
 import idp_peft
 from idp_peft import IDPConfig
 from idp_peft.models.loading import load_model, load_tokenizer
-from idp_peft.serving import Router, VllmPrompts
+from idp_peft.serving import Router, VllmPrompts, vllm_connector
 from tests.loopback import client
 from tests.patience import PATIENCE
-from tests.serving.vllm_server import BLOCK, VllmServer, _random_model
+from tests.serving.vllm_server import BLOCK, VllmServer, random_model
 from tests.tiny import VOCAB
 
 TOKENS, PROMPTS, LENGTH = 12, 3, 2 * BLOCK
@@ -51,11 +56,11 @@ class Subject:
     """A base, an adapter of key/value prompts on it, and the router of both."""
 
     def __init__(self, name: str, folder) -> None:
-        if name == "tiny":
-            _random_model("tiny", folder / "base")
-        else:
+        if name == "default":
             load_model("default").save_pretrained(folder / "base")
             load_tokenizer("default").save_pretrained(folder / "base")
+        else:
+            random_model(name, folder / "base")
         self.base, self.adapter = folder / "base", folder / "adapter"
         save_adapter(tf.AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32), self.adapter)
         self.model, _ = idp_peft.load(self.adapter, self.base)
@@ -77,14 +82,14 @@ class Subject:
         return out[0, len(ids) :].tolist()
 
 
-@pytest.fixture(scope="module", params=["tiny", "default"])
+@pytest.fixture(scope="module", params=["tiny", "qwen2", "default"])
 def one(request, tmp_path_factory):
     return Subject(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def ask(http, body: dict) -> list[dict]:
     response = http.post("/v1/completions", json=body)
-    assert response.status_code == 200, response.text
+    assert response.status_code == 200, response.text[:200]
     return response.json()["choices"]
 
 
@@ -143,6 +148,41 @@ def test_a_prompt_is_found_in_the_engines_cache_the_second_time(one, http):
     assert found["external_prefix_cache_hits_total"] >= PROMPTS * LENGTH
 
 
+def fresh(one, row, prompt: int, salt: str) -> dict:
+    """A request whose blocks the engine shares with those of the same salt alone."""
+    return {**one.prompts.completion_body([row], [prompt], **GREEDY), "cache_salt": salt}
+
+
+@pytest.mark.parametrize("length", [BLOCK, BLOCK + 8, LENGTH - 1])
+def test_text_of_a_placeholders_token_is_text(one, http, length):
+    """Neither does it get the prompt's blocks, nor does a prompt get its."""
+    text, row = [1] * length, one.rows[1]
+    for salt, order in (("text first", (-1, 1)), ("prompt first", (1, -1))):
+        for prompt in order:
+            ids = text if prompt == -1 else row
+            (choice,) = ask(http, fresh(one, ids, prompt, f"{salt} {length}"))
+            assert choice["token_ids"] == one.say(ids, prompt), (salt, prompt)
+
+
+FAILING = {
+    "log-probabilities of the prompt": lambda one: fresh(one, one.rows[1], 2, "a") | {"prompt_logprobs": 0},
+    "an echo with log-probabilities": lambda one: fresh(one, one.rows[1], 2, "a") | {"echo": True, "logprobs": 1},
+    "a prompt without text": lambda one: fresh(one, [], 2, "a"),
+}
+
+
+@pytest.mark.parametrize("why", FAILING)
+def test_a_request_that_would_compute_the_placeholder_fails_alone(one, http, why):
+    rows = one.rows[:3]
+    with ThreadPoolExecutor() as pool:
+        failing = pool.submit(http.post, "/v1/completions", json=FAILING[why](one))
+        others = [pool.submit(ask, http, fresh(one, row, 2, "a")) for row in rows]
+    assert failing.result().status_code == 500, failing.result().text[:200]
+    said = [other.result()[0]["token_ids"] for other in others]
+    assert said == [one.say(row, 2) for row in rows]
+    assert said[:1] == [choice["token_ids"] for choice in ask(http, fresh(one, rows[0], 2, "a"))]
+
+
 REFUSED = {
     "a length of no whole blocks": (
         lambda base, folder: save_adapter(base, folder, 40),
@@ -159,9 +199,87 @@ REFUSED = {
 @pytest.mark.parametrize("why", REFUSED)
 def test_what_cannot_be_served_stops_the_engine_with_the_reason(tmp_path, why):
     make, message = REFUSED[why]
-    _random_model("tiny", tmp_path / "base")
+    random_model("tiny", tmp_path / "base")
     make(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     server = VllmServer(tmp_path / "base", tmp_path / "log", connector(tmp_path / "adapter"))
     with pytest.raises(RuntimeError, match="did not start"), server:
         pass
     assert message in (tmp_path / "log").read_text()
+
+
+# ---------------------------------------------------------------------- without an engine
+
+
+def cache(*groups) -> SimpleNamespace:
+    """What vLLM says of a model's cache: `(spec, layer names)` of each group."""
+    return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=s, layer_names=n) for s, n in groups])
+
+
+def spec(kind=FullAttentionSpec, **settings):
+    return kind(**{"block_size": BLOCK, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16, **settings})
+
+
+NAMES = ["model.layers.10.self_attn.attn", "model.layers.9.self_attn.attn"]
+
+
+def test_layers_are_read_in_the_models_order():
+    names, layout, dtype = vllm_connector._layers(cache((spec(head_size_v=32), NAMES)))
+    assert names == NAMES[::-1]
+    assert layout == [(2, 64, 32)] * 2
+    assert dtype == torch.bfloat16
+
+
+CACHES = {
+    "a sliding window": ([(spec(SlidingWindowSpec, sliding_window=64), NAMES)], "SlidingWindowSpec"),
+    "one in full attention's clothes": ([(spec(sliding_window=64), NAMES)], "sliding_window"),
+    "chunks": ([(spec(attention_chunk_size=64), NAMES)], "attention_chunk_size"),
+    "latents": ([(spec(MLAAttentionSpec, num_kv_heads=1), NAMES)], "MLAAttentionSpec"),
+    "two shapes": ([(spec(), NAMES[:1]), (spec(head_size=32), NAMES[1:])], "in 2 groups"),
+    "no cache": ([], "in 0 groups"),
+    "8 bits": ([(spec(dtype=torch.uint8), NAMES)], "not torch.uint8"),
+    "two layers of one number": ([(spec(), ["a.3.attn", "b.3.attn"])], "the order of these layers is unknown: a.3"),
+}
+
+
+@pytest.mark.parametrize("why", CACHES)
+def test_caches_that_a_prompt_does_not_fit_are_refused(why):
+    groups, message = CACHES[why]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        vllm_connector._layers(cache(*groups))
+
+
+def test_engines_that_would_serve_a_prompt_wrongly_are_refused():
+    def engine(world_size=1, policy="fail"):
+        return SimpleNamespace(
+            parallel_config=SimpleNamespace(world_size=world_size),
+            kv_transfer_config=SimpleNamespace(kv_load_failure_policy=policy),
+        )
+
+    vllm_connector._check_engine(engine())
+    with pytest.raises(ValueError, match="served by one process"):
+        vllm_connector._check_engine(engine(world_size=2))
+    with pytest.raises(ValueError, match="kv_load_failure_policy"):
+        vllm_connector._check_engine(engine(policy="recompute"))
+
+
+def test_an_adapter_of_another_base_is_refused():
+    source = SimpleNamespace(holds_keys=True, scales=None, prompts=[torch.zeros(BLOCK, 512)], width=512, label="it")
+    vllm_connector._check_adapter(source, BLOCK, [(2, 64, 64)] * 2)
+    with pytest.raises(ValueError, match="512 numbers a token, the layers of the engine's model 768"):
+        vllm_connector._check_adapter(source, BLOCK, [(2, 64, 64)] * 3)
+
+
+def test_a_request_of_embeddings_is_no_prompts_whatever_token_stands_for_its_vectors():
+    connector = object.__new__(vllm_connector.IDPConnector)
+    connector.count, connector.length, connector._salt, connector._requests = PROMPTS, LENGTH, "salt", {}
+
+    def request(name: str, embeds) -> SimpleNamespace:
+        ids = [1] * LENGTH + [7]
+        state = {"cache_salt": None, "block_hashes": [], "skip_reading_prefix_cache": False}
+        return SimpleNamespace(
+            request_id=name, prompt_token_ids=ids, prompt_embeds=embeds, update_block_hashes=lambda: None, **state
+        )
+
+    connector.on_new_request(request("vectors", torch.zeros(LENGTH + 1, 64)))
+    connector.on_new_request(request("tokens", None))
+    assert connector._requests == {"tokens": 1}

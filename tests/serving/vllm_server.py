@@ -127,7 +127,7 @@ def subject(name: str, folder: Path) -> Subject:
     """`"tiny"`: a random Llama; `"gemma2"`: a random one of scaled, tied embeddings; `"default"`: the packaged 135M model.
     Prompts of one cache block each."""
     if name != "default":
-        _random_model(name, folder / "base")
+        random_model(name, folder / "base")
         texts = ["w5 w11 w7 w30", "w64 w9", "w8 w20 w31 w44 w2 w3 w17 w90"]
         chat = [{"role": "user", "content": "w5 w6 w70"}]
         base = str(folder / "base")
@@ -146,7 +146,7 @@ def subject(name: str, folder: Path) -> Subject:
     return Subject(model, load_tokenizer(base), Path(base), folder / "adapter", exported, texts, chat)
 
 
-def _random_model(name: str, folder: Path) -> None:
+def random_model(name: str, folder: Path) -> None:
     arguments = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
@@ -162,11 +162,13 @@ def _random_model(name: str, folder: Path) -> None:
         "tie_word_embeddings": True,
     }
     torch.manual_seed(0)
-    model = (
-        tf.LlamaForCausalLM(tf.LlamaConfig(**arguments))
-        if name == "tiny"
-        else tf.Gemma2ForCausalLM(tf.Gemma2Config(**arguments))
-    )
+    classes = {
+        "tiny": (tf.LlamaForCausalLM, tf.LlamaConfig),
+        "qwen2": (tf.Qwen2ForCausalLM, tf.Qwen2Config),
+        "gemma2": (tf.Gemma2ForCausalLM, tf.Gemma2Config),
+    }
+    model_class, config_class = classes[name]
+    model = model_class(config_class(**arguments))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
