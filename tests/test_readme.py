@@ -40,12 +40,14 @@ def test_the_figure_shows_the_numbers_of_the_table_and_of_the_latency():
     found = points()
     assert list(found) == list(POINTS)
     assert found["compressed"][:2] == (1.0, 0.0)
-    shown = {row.split("|")[1].split(" (")[0].strip(): row for row in marked("short gptq-3bit", README).splitlines()}
-    for name, (_cost, recovery, interval) in found.items():
+    shown = {row.split("|")[1].strip(): row.split("|")[3].strip() for row in marked("repair", README).splitlines()[2:]}
+    for name, (_cost, repaired, (low, high)) in found.items():
         if name != "compressed":
-            assert f"| {recovery} % [{interval[0]}, {interval[1]}] |" in shown[name]
+            assert shown[name] == f"{repaired} %"
+            assert low <= repaired <= high
     latency = (ROOT / "benchmarks/latency/results/dense.md").read_text()
-    assert f"| whole generate, IDP / base alone | 128 : 32 | {found['IDP, 4 x 32'][0]:.3f} |" in latency
+    assert f"({found['token prompt of 32'][0]:.2f}) |" in latency.split("| IDP by centroid |")[1].splitlines()[0]
+    assert f"({found['LoRA of rank 16'][0]:.2f}) |" in latency.split("| LoRA, rank 16 |")[1].splitlines()[0]
 
 
 def test_the_ratios_of_training_are_those_measured():
