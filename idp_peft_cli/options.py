@@ -215,6 +215,9 @@ class ProxyOptions:
     engine_fields: list[str] | None = _option(
         None, "Fields of the engine's own that requests may hold; they are handed on unchecked."
     )
+    engine_kind: Literal["openai", "ollama"] = _option(
+        "openai", "Ollama has a model per prompt: a chat goes to the model of its prompt."
+    )
     playground: bool = _option(False, "Serve a page to try it in a browser, at /playground.")
     chat_choice: Literal["first_turn", "whole"] = _option(
         "first_turn", "What of a chat chooses its prompt: its first user turn, or in each turn all of it."

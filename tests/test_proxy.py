@@ -690,3 +690,36 @@ def test_the_command_says_what_is_wrong(one, capsys, flags, text):
     with pytest.raises(SystemExit):
         main(["proxy", "--model", str(one.base), *flags])
     assert text in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- Ollama
+
+
+def test_a_chat_goes_to_ollamas_model_of_its_prompt(serve):
+    engine, models = Engine(), set()
+    plain, proxy = serve(Engine()), serve(engine, engine_kind="ollama")
+    for text in tiny_texts(6, words=6):
+        chat = {
+            "messages": [{"role": "user", "content": text}],
+            "temperature": 0.5,
+            "logit_bias": {"7": 1},
+            "stop": ["x"],
+        }
+        chosen = plain.post("/v1/chat/completions", json=chat).headers["x-idp-prompt"]
+        answer = proxy.post("/v1/chat/completions", json=chat)
+        assert (answer.status_code, answer.headers["x-idp-prompt"]) == (200, chosen)
+        sent = engine.seen[-1]
+        assert sent == {"messages": chat["messages"], "temperature": 0.5, "stop": ["x"], "model": f"tiny-{chosen}"}
+        models.add(sent["model"])
+    assert len(models) > 1
+    for forced, model in ((2, "tiny-2"), (-1, "tiny"), ("c", "tiny-2")):
+        proxy.post("/v1/chat/completions", json={**chat, "idp_prompt": forced})
+        assert engine.seen[-1]["model"] == model
+    asked = len(engine.seen)
+    assert (
+        "Ollama renders every text as a chat"
+        in error_of(proxy.post("/v1/completions", json={"prompt": "w5"}), 400)["message"]
+    )
+    assert len(engine.seen) == asked
+    with pytest.raises(ValueError, match="`engine_kind` must be 'openai' or 'ollama', got 'x'"):
+        run_proxy("served", "http://127.0.0.1:1", engine_kind="x")

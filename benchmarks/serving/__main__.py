@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import signal
+import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -31,6 +33,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that engines end with it
     from benchmarks.common.contestants import Record
     from benchmarks.serving.tables import write_tables
 

@@ -56,6 +56,8 @@ class ProxySettings:
             all.
         max_requests (`int`, defaults to `256`): requests that are worked on at once.
         playground (`bool`, defaults to `False`): serve a page to try it, at `/playground`.
+        engine_kind (`str`, defaults to `"openai"`): `"ollama"` has a model per prompt, `MODEL-2` of prompt 2 and `MODEL` of none: a
+            chat goes to the model of its prompt as it came, and there are no completions.
     """
 
     engine: str
@@ -67,6 +69,7 @@ class ProxySettings:
     allow_origins: tuple[str, ...] = ()
     max_requests: int = 256
     playground: bool = False
+    engine_kind: str = "openai"
 
 
 def proxy_app(prompter: RequestPrompter, settings: ProxySettings) -> ASGIApp:
@@ -122,6 +125,13 @@ class _Proxy:
         ) as self.client:
             yield
 
+    def _for_ollama(self, body: dict, chosen: list[int]) -> dict:
+        """A chat for the model of its prompt, whose template puts that in front. Ollama reads no bias and no variables."""
+        if "messages" not in body:
+            raise RequestError(400, "Ollama renders every text as a chat: send `/v1/chat/completions`", "prompt")
+        own = {name: value for name, value in body.items() if name not in ("chat_template_kwargs", "logit_bias")}
+        return {**own, "model": self.settings.model if chosen[0] < 0 else f"{self.settings.model}-{chosen[0]}"}
+
     async def completions(self, request: Request) -> Response:
         return await self._post(request, COMPLETIONS, self.prompter.completion_pieces)
 
@@ -174,6 +184,8 @@ class _Proxy:
 
         async def prompt_and_ask() -> Response:
             prompted, chosen = await self._in_turns(pieces(body))
+            if self.settings.engine_kind == "ollama":
+                prompted = self._for_ollama(prompted, chosen)
             headers = {**self._headers(request), "content-type": "application/json"}
             response = await self._ask(self._message("POST", path, headers, json.dumps(prompted).encode()))
             response.headers[CHOSEN] = ",".join(map(str, chosen))

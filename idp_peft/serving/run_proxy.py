@@ -38,6 +38,7 @@ def run_proxy(
     allow_origins: Sequence[str] | None = None,
     engine_fields: Sequence[str] = (),
     playground: bool = False,
+    engine_kind: str = "openai",
     chat_choice: str = FIRST_TURN,
 ) -> None:
     """Serve until interrupted. Bearer tokens come from `$IDP_PROXY_API_KEY` (what requests must carry) and
@@ -60,6 +61,7 @@ def run_proxy(
             browser, `"*"` for all.
         engine_fields (`Sequence[str]`): fields of the engine's own that requests may hold.
         playground (`bool`, defaults to `False`): serve a page to try it, at `/playground`.
+        engine_kind (`str`, defaults to `"openai"`): `"ollama"` for Ollama, which has a model per prompt; see [`ProxySettings`].
         chat_choice (`str`, defaults to `"first_turn"`): what of a chat chooses its prompt; see [`RequestPrompter`].
 
     Raises:
@@ -69,6 +71,8 @@ def run_proxy(
     address = urlsplit(engine)
     if address.scheme not in ("http", "https") or not address.hostname:
         raise ValueError(f"`engine` must be an address like http://127.0.0.1:8000, got {engine!r}")
+    if engine_kind not in ("openai", "ollama"):
+        raise ValueError(f"`engine_kind` must be 'openai' or 'ollama', got {engine_kind!r}")
     if not 0 < port < 2**16:
         raise ValueError(f"`port` must be between 1 and {2**16 - 1}, got {port}")
     limits = {
@@ -106,6 +110,7 @@ def run_proxy(
         max_requests=max_requests,
         allow_origins=origins,
         playground=playground,
+        engine_kind=engine_kind,
     )
     prompter = RequestPrompter(
         Router.from_pretrained(model),
