@@ -269,17 +269,50 @@ def test_an_adapter_of_another_base_is_refused():
         vllm_connector._check_adapter(source, BLOCK, [(2, 64, 64)] * 3)
 
 
-def test_a_request_of_embeddings_is_no_prompts_whatever_token_stands_for_its_vectors():
+def bare_connector() -> vllm_connector.IDPConnector:
+    """One of three prompts, as a scheduler and a worker use it, without either."""
     connector = object.__new__(vllm_connector.IDPConnector)
-    connector.count, connector.length, connector._salt, connector._requests = PROMPTS, LENGTH, "salt", {}
+    connector.count, connector.length, connector.block_size = PROMPTS, LENGTH, BLOCK
+    connector._salt, connector._requests, connector._waiting = "salt", {}, []
+    return connector
 
-    def request(name: str, embeds) -> SimpleNamespace:
-        ids = [1] * LENGTH + [7]
-        state = {"cache_salt": None, "block_hashes": [], "skip_reading_prefix_cache": False}
-        return SimpleNamespace(
-            request_id=name, prompt_token_ids=ids, prompt_embeds=embeds, update_block_hashes=lambda: None, **state
-        )
 
+def request(name: str, embeds=None) -> SimpleNamespace:
+    """A request for prompt 1, as the scheduler holds it."""
+    ids = [1] * LENGTH + [7]
+    state = {"cache_salt": None, "block_hashes": [], "skip_reading_prefix_cache": False, "num_tokens": len(ids)}
+    return SimpleNamespace(
+        request_id=name, prompt_token_ids=ids, prompt_embeds=embeds, update_block_hashes=lambda: None, **state
+    )
+
+
+def test_a_request_of_embeddings_is_no_prompts_whatever_token_stands_for_its_vectors():
+    connector = bare_connector()
     connector.on_new_request(request("vectors", torch.zeros(LENGTH + 1, 64)))
-    connector.on_new_request(request("tokens", None))
+    connector.on_new_request(request("tokens"))
     assert connector._requests == {"tokens": 1}
+    connector.request_finished(request("vectors"), [])
+    connector.request_finished(request("tokens"), [])
+    assert connector._requests == {}
+
+
+def test_of_a_prompt_that_the_engine_half_kept_the_other_half_is_loaded():
+    connector, one = bare_connector(), request("one")
+    connector.on_new_request(one)
+    assert connector.get_num_new_matched_tokens(one, LENGTH) == (0, False)
+    assert connector.get_num_new_matched_tokens(one, BLOCK) == (LENGTH - BLOCK, False)
+    blocks = SimpleNamespace(get_block_ids=lambda: ([9, 4, 6],))
+    connector.update_state_after_alloc(one, blocks, LENGTH - BLOCK)
+    connector.bind_connector_metadata(connector.build_connector_meta(None))
+    assert connector._waiting == []
+
+    written = []
+    impl = SimpleNamespace(do_kv_cache_update=lambda layer, *given: written.append(given))
+    connector.layers = [SimpleNamespace(impl=impl, kv_cache=torch.zeros(1))]
+    connector.keys = [torch.arange(PROMPTS * 2 * LENGTH * 4.0).view(PROMPTS, 2, LENGTH, 4)]
+    connector.values = [-part for part in connector.keys]
+    connector.start_load_kv(None)
+    ((keys, values, _, slots),) = written
+    assert torch.equal(keys, connector.keys[0][1, :, BLOCK:].transpose(0, 1))
+    assert torch.equal(values, -keys)
+    assert slots.tolist() == list(range(4 * BLOCK, 5 * BLOCK))
