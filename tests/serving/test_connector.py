@@ -71,12 +71,12 @@ class Subject:
         generator = torch.Generator().manual_seed(1)
         self.rows = [torch.randint(5, VOCAB, (n,), generator=generator).tolist() for n in (3, 17, 40, 70, 9, 33)]
 
-    def say(self, ids: list[int], prompt: int) -> list[int]:
+    def say(self, ids: list[int], prompt: int, tokens: int = TOKENS) -> list[int]:
         """What the adapter's model says, greedily."""
         out = self.model.generate(
             input_ids=torch.tensor([ids]),
             prompt_ids=torch.tensor([prompt]),
-            max_new_tokens=TOKENS,
+            max_new_tokens=tokens,
             do_sample=False,
         )
         return out[0, len(ids) :].tolist()
@@ -93,21 +93,29 @@ def ask(http, body: dict) -> list[dict]:
     return response.json()["choices"]
 
 
+# Few tokens a step, so that prefills are cut into chunks; few blocks, so that requests are preempted.
+SMALL = ("--max-num-batched-tokens", "48", "--num-gpu-blocks-override", "14", "--max-model-len", "256")
+
+
 @pytest.fixture(scope="module")
 def http(one, tmp_path_factory):
-    # Few tokens a step, so that prefills are cut into chunks; few blocks, so that requests are preempted.
-    flags = (
-        "--max-num-batched-tokens",
-        "48",
-        "--num-gpu-blocks-override",
-        "14",
-        "--max-model-len",
-        "256",
-        *connector(one.adapter),
-    )
     log = tmp_path_factory.mktemp("engine") / "log"
-    with VllmServer(one.base, log, flags) as server, client(server.url, timeout=PATIENCE) as http:
+    with (
+        VllmServer(one.base, log, (*SMALL, *connector(one.adapter))) as server,
+        client(server.url, timeout=PATIENCE) as http,
+    ):
         yield http
+
+
+def counted(http, name: str) -> float:
+    """One of the engine's counters."""
+    lines = http.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"vllm:{name}_total"))
+
+
+def fresh(one, row, prompt: int, salt: str) -> dict:
+    """A request whose blocks the engine shares with those of the same salt alone."""
+    return {**one.prompts.completion_body([row], [prompt], **GREEDY), "cache_salt": salt}
 
 
 def test_every_prompt_and_none_says_what_the_adapters_model_says(one, http):
@@ -118,11 +126,25 @@ def test_every_prompt_and_none_says_what_the_adapters_model_says(one, http):
 
 
 def test_a_batch_of_all_prompts_is_its_rows_alone(one, http):
-    """More requests than there are cache blocks for: some are preempted, and loaded again."""
     chosen = [0, 1, 2, -1, 1, 0]
-    choices = ask(http, one.prompts.completion_body(one.rows, chosen, **{**GREEDY, "max_tokens": 60}))
+    choices = ask(http, one.prompts.completion_body(one.rows, chosen, **GREEDY))
     for choice, row, prompt in zip(choices, one.rows, chosen, strict=True):
-        assert choice["token_ids"][:TOKENS] == one.say(row, prompt), (prompt, len(row))
+        assert choice["token_ids"] == one.say(row, prompt), (prompt, len(row))
+
+
+def test_a_preempted_request_is_loaded_again(tmp_path):
+    """More tokens than there are cache blocks for, and no blocks that outlive a request."""
+    one, chosen = Subject("tiny", tmp_path), [0, 1, 2, 0, 1, 2]
+    flags = (*SMALL, "--no-enable-prefix-caching", *connector(one.adapter))
+    with (
+        VllmServer(one.base, tmp_path / "log", flags) as server,
+        client(server.url, timeout=PATIENCE) as http,
+    ):
+        choices = ask(http, one.prompts.completion_body(one.rows, chosen, **{**GREEDY, "max_tokens": 60}))
+        assert counted(http, "num_preemptions") > 0, "the engine had blocks enough"
+    assert [choice["token_ids"] for choice in choices] == [
+        one.say(row, prompt, 60) for row, prompt in zip(one.rows, chosen, strict=True)
+    ]
 
 
 def test_the_router_chooses_for_it(one, http):
@@ -134,23 +156,13 @@ def test_the_router_chooses_for_it(one, http):
 
 
 def test_a_prompt_is_found_in_the_engines_cache_the_second_time(one, http):
-    row = one.rows[1]
-    for _ in range(2):
-        response = http.post("/v1/completions", json=one.prompts.completion_body([row], [2], **GREEDY))
-    metrics = http.get("/metrics").text
-    assert response.json()["choices"][0]["token_ids"] == one.say(row, 2)
-    found = {
-        name: sum(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith(f"vllm:{name}"))
-        for name in ("num_preemptions_total", "prefix_cache_hits_total", "external_prefix_cache_hits_total")
-    }
-    assert found["num_preemptions_total"] > 0, "the engine had blocks enough: nothing was preempted"
-    assert found["prefix_cache_hits_total"] >= LENGTH
-    assert found["external_prefix_cache_hits_total"] >= PROMPTS * LENGTH
-
-
-def fresh(one, row, prompt: int, salt: str) -> dict:
-    """A request whose blocks the engine shares with those of the same salt alone."""
-    return {**one.prompts.completion_body([row], [prompt], **GREEDY), "cache_salt": salt}
+    body = fresh(one, one.rows[1], 2, "once")
+    for found, loaded in ((0, LENGTH), (LENGTH, 0)):
+        before = {name: counted(http, name) for name in ("prefix_cache_hits", "external_prefix_cache_hits")}
+        (choice,) = ask(http, body)
+        assert choice["token_ids"] == one.say(one.rows[1], 2)
+        assert counted(http, "prefix_cache_hits") - before["prefix_cache_hits"] == found
+        assert counted(http, "external_prefix_cache_hits") - before["external_prefix_cache_hits"] == loaded
 
 
 @pytest.mark.parametrize("length", [BLOCK, BLOCK + 8, LENGTH - 1])
