@@ -82,7 +82,7 @@ class Subject:
         return out[0, len(ids) :].tolist()
 
 
-@pytest.fixture(scope="module", params=["tiny", "qwen2", "default"])
+@pytest.fixture(scope="module", params=["tiny", "tiny_qwen2", "default"])
 def one(request, tmp_path_factory):
     return Subject(request.param, tmp_path_factory.mktemp(request.param))
 

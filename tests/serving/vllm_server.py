@@ -164,7 +164,7 @@ def random_model(name: str, folder: Path) -> None:
     torch.manual_seed(0)
     classes = {
         "tiny": (tf.LlamaForCausalLM, tf.LlamaConfig),
-        "qwen2": (tf.Qwen2ForCausalLM, tf.Qwen2Config),
+        "tiny_qwen2": (tf.Qwen2ForCausalLM, tf.Qwen2Config),
         "gemma2": (tf.Gemma2ForCausalLM, tf.Gemma2Config),
     }
     model_class, config_class = classes[name]
