@@ -42,6 +42,15 @@ def _same_random_numbers_in_any_order():
 
 
 @pytest.fixture
+def serve(prompter):
+    """serve(engine, **settings) -> a client of a proxy that asks a module's `prompter`."""
+    from tests.tiny_proxy import starting
+
+    with starting(prompter) as start:
+        yield start
+
+
+@pytest.fixture
 def make():
     """make(name, **config) -> a tiny IDP model in evaluation mode, with prompts large enough to matter."""
 

@@ -12,7 +12,7 @@ pytest.importorskip("uvicorn", reason="the proxy's server is in the extra 'servi
 
 from tests.loopback import Engine
 from tests.tiny_folder import tiny_texts
-from tests.tiny_proxy import error_of, starting, tiny_prompter
+from tests.tiny_proxy import error_of, tiny_prompter
 
 PATHS = ("/playground", "/playground/script.js", "/playground/style.css", "/playground/info")
 
@@ -20,12 +20,6 @@ PATHS = ("/playground", "/playground/script.js", "/playground/style.css", "/play
 @pytest.fixture(scope="module")
 def prompter(tmp_path_factory):
     return tiny_prompter(tmp_path_factory.mktemp("playground"))
-
-
-@pytest.fixture
-def serve(prompter):
-    with starting(prompter) as start:
-        yield start
 
 
 def test_it_is_off_unless_it_is_asked_for(serve):

@@ -49,12 +49,6 @@ def prompter(exported):
     return RequestPrompter(Router.from_pretrained(exported.folder), exported)
 
 
-@pytest.fixture
-def serve(prompter):
-    with starting(prompter) as start:
-        yield start
-
-
 @pytest.fixture(scope="module")
 def unasked(prompter):
     """An engine that no request may reach, and clients of a proxy in front of it, without and with a bearer token."""

@@ -30,12 +30,6 @@ def prompter(tmp_path_factory):
 
 
 @pytest.fixture
-def serve(prompter):
-    with starting(prompter) as start:
-        yield start
-
-
-@pytest.fixture
 def unread(prompter, monkeypatch):
     """No text may be tokenised."""
 

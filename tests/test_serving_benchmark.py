@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from benchmarks.serving.tables import by_case, to_base, write_tables
+from benchmarks.latency.tables import by_case
+from benchmarks.serving.tables import to_base, write_tables
 
 ENVIRONMENT = {"processor": "a", "torch": "1", "transformers": "2", "commit": "c"}
 

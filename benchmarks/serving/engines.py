@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -119,8 +120,6 @@ def _resident(pid: int) -> int:
 
 
 def _end(process: subprocess.Popen) -> None:
-    import signal
-
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()

@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks.common.markdown import head, row
+from benchmarks.latency.tables import by_case, ratio
 
 BASE = "base alone"
 
@@ -28,22 +29,9 @@ def write_tables(path: Path) -> None:
         _plot(cases, path.with_suffix(".png"))
 
 
-def by_case(turns: list[dict]) -> list[tuple[dict | str, dict[str, list[dict]]]]:
-    """`(case, way -> its turns in order)`, in the order of measurement."""
-    found: dict[str, tuple] = {}
-    for turn in turns:
-        _case, ways = found.setdefault(json.dumps(turn["case"], sort_keys=True), (turn["case"], {}))
-        ways.setdefault(turn["contestant"], []).append(turn)
-    return [
-        (case, {way: sorted(found, key=lambda turn: turn["repetition"]) for way, found in ways.items()})
-        for case, ways in found.values()
-    ]
-
-
 def to_base(ways: dict[str, list[dict]], way: str) -> float:
     """Requests per second of a way in those of the base alone: the median over turns, each turn's own ratio."""
-    pairs = zip(ways[way], ways[BASE], strict=False)
-    return statistics.median(base["seconds"] / own["seconds"] for own, base in pairs)
+    return ratio(ways[BASE], ways[way], "seconds")
 
 
 def _serving(cases, tokens_out: int) -> list[str]:
@@ -103,10 +91,8 @@ def _first_tokens(cases) -> list[str]:
     for way in next(iter(found.values())):
         cells = []
         for ways in found.values():
-            ratio = statistics.median(
-                own["seconds"] / base["seconds"] for own, base in zip(ways[way], ways[BASE], strict=False)
-            )
-            cells.append(f"{1000 * statistics.median(turn['seconds'] for turn in ways[way]):.0f} ms ({ratio:.2f})")
+            to_alone = ratio(ways[way], ways[BASE], "seconds")
+            cells.append(f"{1000 * statistics.median(turn['seconds'] for turn in ways[way]):.0f} ms ({to_alone:.2f})")
         lines.append(row([way, *cells]))
     return lines
 

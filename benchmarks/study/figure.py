@@ -34,9 +34,8 @@ def points() -> dict[str, tuple[float, float, tuple[float, float]]]:
     turns = next(each for case, each in by_case(json.loads(LATENCY.read_text())["turns"]) if case == REQUEST)
     found = {}
     for name, (timed, _place) in POINTS.items():
-        value, low, high = (
-            (repaired.get(name, [0.0]) * 3)[:3] if len(repaired.get(name, [0.0])) == 1 else repaired[name]
-        )
+        value, *over_seeds = repaired.get(name, [0.0])
+        low, high = over_seeds or (value, value)
         found[name] = (ratio(turns[timed], turns["base alone"], "whole"), value, (low, high))
     return found
 

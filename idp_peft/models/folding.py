@@ -40,7 +40,9 @@ class Rows:
             return self.tensor
         factors, blocks = factors.to(self.tensor.device), self.blocks or 1
         by_row = factors if factors.ndim == 2 else factors[:, None]
-        factors = self.arrange(by_row.repeat_interleave(blocks // by_row.shape[1], 1))
+        groups = by_row.shape[1]
+        spread = by_row.expand(-1, blocks) if groups == 1 else by_row.repeat_interleave(blocks // groups, 1)
+        factors = self.arrange(spread)
         wide = torch.float64 if self.tensor.dtype == torch.float64 else torch.float32
         return (self.tensor.to(wide) * factors).to(self.tensor.dtype)
 
@@ -178,8 +180,12 @@ def row_dimensions(
 
 def along(name: str, tensor: torch.Tensor, dim: int) -> Rows:
     """A layer's tensor of this name, along whose dimension `dim` the output channels run."""
-    arrange = torch.flatten if tensor.ndim == 1 else torch.Tensor.contiguous if dim == 0 else torch.t
+    arrange = torch.flatten if tensor.ndim == 1 else _as_it_is if dim == 0 else torch.t
     return Rows(tensor, blocks_of(name, tensor.shape, dim), arrange)
+
+
+def _as_it_is(numbers: torch.Tensor) -> torch.Tensor:
+    return numbers
 
 
 def blocks_of(name: str, shape: tuple[int, ...], dim: int) -> int | None:

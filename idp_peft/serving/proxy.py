@@ -140,9 +140,7 @@ class _Proxy:
 
     async def choice(self, request: Request) -> Response:
         """Which prompt a request would get, and the scores; the engine is not asked."""
-        self._check_token(request)
-        body = _parsed(await self._read(request))
-        self._check_model(body)
+        body = await self._body(request)
 
         async def choose() -> Response:
             chosen = await self._in_turns(self.prompter.choice_pieces(body))
@@ -177,10 +175,15 @@ class _Proxy:
         message = self._message("GET", path, headers)
         return await _while_connected(request, lambda: self._ask(message))
 
-    async def _post(self, request: Request, path: str, pieces: Callable[[dict], Pieces]) -> Response:
+    async def _body(self, request: Request) -> dict:
+        """What a request with the right token asks of the served model."""
         self._check_token(request)
         body = _parsed(await self._read(request))
         self._check_model(body)
+        return body
+
+    async def _post(self, request: Request, path: str, pieces: Callable[[dict], Pieces]) -> Response:
+        body = await self._body(request)
 
         async def prompt_and_ask() -> Response:
             prompted, chosen = await self._in_turns(pieces(body))
