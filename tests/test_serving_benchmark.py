@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 
 import pytest
 
+from benchmarks.common.reserved_port import reserved_port
 from benchmarks.latency.tables import by_case
 from benchmarks.serving.tables import to_base, write_tables
 
@@ -88,3 +90,15 @@ def test_a_lora_of_a_file_changes_what_llama_cpp_says(tmp_path):
     assert seconds_to_first_token(server.url, body) > 0
     with pytest.raises(RuntimeError, match=r"^4"):
         post(server.url, {"prompt": 5})
+
+
+def test_a_port_on_its_way_to_a_server_is_given_to_nobody_else():
+    port, holder = reserved_port()
+    with holder, socket.socket() as server, socket.socket() as late:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("127.0.0.1", port))  # as uvicorn does
+        server.listen()
+        with socket.create_connection(("127.0.0.1", port), timeout=10), server.accept()[0]:
+            pass  # the holder does not take the server's requests
+        with pytest.raises(OSError, match="in use"):
+            late.bind(("127.0.0.1", port))

@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.common.reserved_port import reserved_port
+
 VOCAB = 97
 # A message says what the template does.
 TEMPLATES = {
@@ -155,9 +157,7 @@ class RunningProxy:
     """
 
     def __init__(self, model: Path, engine: str, log: Path, *flags: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port, self._port_holder = reserved_port()
         self.log = log
         self.command = [
             *(sys.executable, "-m", "idp_peft_cli", "proxy", "--model", str(model), "--engine", engine),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ import urllib.error
 import urllib.request
 import weakref
 from pathlib import Path
+
+from benchmarks.common.reserved_port import reserved_port
 
 _PATIENCE = 600  # seconds that a start may take
 # In a process of its own, which can be ended at any time.
@@ -47,9 +48,7 @@ class Served:
     """
 
     def __init__(self, command: list[str], log: Path, environment: dict[str, str] | None = None) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port, self._port_holder = reserved_port()
         self.url = f"http://127.0.0.1:{port}"
         began = time.perf_counter()
         with log.open("ab") as out:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import transformers as tf
 from peft import get_peft_model
 
 import idp_peft
+from benchmarks.common.reserved_port import reserved_port
 from idp_peft import IDPConfig
 from idp_peft.models.loading import load_model, load_tokenizer
 from idp_peft.serving import ExportedModel, export_to_vocab
@@ -44,9 +44,7 @@ class VllmServer:
     """`python -m vllm.entrypoints.openai.api_server`, for a `with`. `kill` is what a machine does that runs out of memory."""
 
     def __init__(self, model: Path, log: Path, flags: tuple[str, ...] = ()) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port, self._port_holder = reserved_port()
         self.url, self.log, self.process = f"http://127.0.0.1:{self.port}", log, None
         self.command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         self.command += ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "idp"]
