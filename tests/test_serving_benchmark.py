@@ -94,7 +94,9 @@ def test_a_lora_of_a_file_changes_what_llama_cpp_says(tmp_path):
 
 def test_a_port_on_its_way_to_a_server_is_given_to_nobody_else():
     port, holder = reserved_port()
-    with holder, socket.socket() as server, socket.socket() as late:
+    with holder, socket.socket() as late, socket.socket() as server:
+        with pytest.raises(OSError, match="in use"):
+            late.bind(("127.0.0.1", port))  # before the server listens
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.bind(("127.0.0.1", port))  # as uvicorn does
         server.listen()

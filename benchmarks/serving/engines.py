@@ -29,6 +29,7 @@ parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path 
 server = xllamacpp.Server(parameters)
 sys.stdin.read()
 """
+VLLM_BLOCK = 32  # tokens of a cache block; the CPU backend wants a multiple of 32
 _VLLM = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "OMP_NUM_THREADS": "1",
@@ -82,12 +83,21 @@ def llama_cpp(file: Path, log: Path, slots: int, context: int, loras: tuple[Path
 
 
 def vllm(model: Path, log: Path, slots: int, context: int, flags: tuple[str, ...] = ()) -> Served:
-    """vLLM's OpenAI server on the CPU, on the cores that this process may use."""
+    """vLLM's OpenAI server on the CPU."""
+    return Served(vllm_command(model, "{port}", slots, context, flags), log, vllm_environment())
+
+
+def vllm_command(model: Path, port: int | str, slots: int, context: int, flags: tuple[str, ...] = ()) -> list[str]:
+    """What runs vLLM's OpenAI server, with so many requests at once, of so many tokens each."""
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1"]
-    command += ["--port", "{port}", "--served-model-name", "idp", "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", str(context), "--max-num-seqs", str(slots), "--block-size", "32", *flags]
-    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-    return Served(command, log, {**_VLLM, "VLLM_CPU_OMP_THREADS_BIND": cores})
+    command += ["--port", str(port), "--served-model-name", "idp", "--dtype", "float32", "--enforce-eager"]
+    command += ["--max-model-len", str(context), "--max-num-seqs", str(slots), "--block-size", str(VLLM_BLOCK), *flags]
+    return command
+
+
+def vllm_environment() -> dict[str, str]:
+    """For vLLM on the cores that this process may use: it binds its threads itself."""
+    return {**_VLLM, "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))))}
 
 
 def proxy(served: Path, engine: Served, log: Path) -> Served:

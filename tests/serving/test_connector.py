@@ -18,15 +18,16 @@ pytest.importorskip("vllm", reason="`make test-serving` makes an environment wit
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 
 import idp_peft
+from benchmarks.serving.engines import VLLM_BLOCK
 from idp_peft import IDPConfig
 from idp_peft.models.loading import load_model, load_tokenizer
 from idp_peft.serving import Router, VllmPrompts, vllm_connector
 from tests.loopback import client
 from tests.patience import PATIENCE
-from tests.serving.vllm_server import BLOCK, VllmServer, random_model
+from tests.serving.vllm_server import VllmServer, random_model
 from tests.tiny import VOCAB
 
-TOKENS, PROMPTS, LENGTH = 12, 3, 2 * BLOCK
+TOKENS, PROMPTS, LENGTH = 12, 3, 2 * VLLM_BLOCK
 GREEDY = {"model": "idp", "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "return_token_ids": True}
 
 
@@ -165,7 +166,7 @@ def test_a_prompt_is_found_in_the_engines_cache_the_second_time(one, http):
         assert counted(http, "external_prefix_cache_hits") - before["external_prefix_cache_hits"] == loaded
 
 
-@pytest.mark.parametrize("length", [BLOCK, BLOCK + 8, LENGTH - 1])
+@pytest.mark.parametrize("length", [VLLM_BLOCK, VLLM_BLOCK + 8, LENGTH - 1])
 def test_text_of_a_placeholders_token_is_text(one, http, length):
     """Neither does it get the prompt's blocks, nor does a prompt get its."""
     text, row = [1] * length, one.rows[1]
@@ -228,7 +229,7 @@ def cache(*groups) -> SimpleNamespace:
 
 
 def spec(kind=FullAttentionSpec, **settings):
-    return kind(**{"block_size": BLOCK, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16, **settings})
+    return kind(**{"block_size": VLLM_BLOCK, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16, **settings})
 
 
 NAMES = ["model.layers.10.self_attn.attn", "model.layers.9.self_attn.attn"]
@@ -275,16 +276,18 @@ def test_engines_that_would_serve_a_prompt_wrongly_are_refused():
 
 
 def test_an_adapter_of_another_base_is_refused():
-    source = SimpleNamespace(holds_keys=True, scales=None, prompts=[torch.zeros(BLOCK, 512)], width=512, label="it")
-    vllm_connector._check_adapter(source, BLOCK, [(2, 64, 64)] * 2)
+    source = SimpleNamespace(
+        holds_keys=True, scales=None, prompts=[torch.zeros(VLLM_BLOCK, 512)], width=512, label="it"
+    )
+    vllm_connector._check_adapter(source, VLLM_BLOCK, [(2, 64, 64)] * 2)
     with pytest.raises(ValueError, match="512 numbers a token, the layers of the engine's model 768"):
-        vllm_connector._check_adapter(source, BLOCK, [(2, 64, 64)] * 3)
+        vllm_connector._check_adapter(source, VLLM_BLOCK, [(2, 64, 64)] * 3)
 
 
 def bare_connector() -> vllm_connector.IDPConnector:
     """One of three prompts, as a scheduler and a worker use it, without either."""
     connector = object.__new__(vllm_connector.IDPConnector)
-    connector.count, connector.length, connector.block_size = PROMPTS, LENGTH, BLOCK
+    connector.count, connector.length, connector.block_size = PROMPTS, LENGTH, VLLM_BLOCK
     connector._salt, connector._requests, connector._waiting = "salt", {}, []
     return connector
 
@@ -312,9 +315,9 @@ def test_of_a_prompt_that_the_engine_half_kept_the_other_half_is_loaded():
     connector, one = bare_connector(), request("one")
     connector.on_new_request(one)
     assert connector.get_num_new_matched_tokens(one, LENGTH) == (0, False)
-    assert connector.get_num_new_matched_tokens(one, BLOCK) == (LENGTH - BLOCK, False)
+    assert connector.get_num_new_matched_tokens(one, VLLM_BLOCK) == (LENGTH - VLLM_BLOCK, False)
     blocks = SimpleNamespace(get_block_ids=lambda: ([9, 4, 6],))
-    connector.update_state_after_alloc(one, blocks, LENGTH - BLOCK)
+    connector.update_state_after_alloc(one, blocks, LENGTH - VLLM_BLOCK)
     connector.bind_connector_metadata(connector.build_connector_meta(None))
     assert connector._waiting == []
 
@@ -325,6 +328,6 @@ def test_of_a_prompt_that_the_engine_half_kept_the_other_half_is_loaded():
     connector.values = [-part for part in connector.keys]
     connector.start_load_kv(None)
     ((keys, values, _, slots),) = written
-    assert torch.equal(keys, connector.keys[0][1, :, BLOCK:].transpose(0, 1))
+    assert torch.equal(keys, connector.keys[0][1, :, VLLM_BLOCK:].transpose(0, 1))
     assert torch.equal(values, -keys)
-    assert slots.tolist() == list(range(4 * BLOCK, 5 * BLOCK))
+    assert slots.tolist() == list(range(4 * VLLM_BLOCK, 5 * VLLM_BLOCK))

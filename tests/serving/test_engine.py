@@ -10,12 +10,13 @@ import torch
 
 pytest.importorskip("vllm", reason="`make test-serving` makes an environment with it")
 
+from benchmarks.serving.engines import VLLM_BLOCK
 from idp_peft.serving import Router, VllmPrompts, proxy_app
 from idp_peft.serving.prompted_request import RequestPrompter
 from idp_peft.serving.proxy import ProxySettings
 from tests.loopback import Server, client
 from tests.patience import PATIENCE
-from tests.serving.vllm_server import BLOCK, VllmServer, subject
+from tests.serving.vllm_server import VllmServer, subject
 
 TOKENS = 16
 PLAIN = {"model": "idp", "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
@@ -174,16 +175,16 @@ def hits(http) -> float:
 
 def test_a_prompt_of_whole_blocks_is_computed_once(one, http):
     front = one.exported.token_ids[1]
-    assert len(front) == BLOCK
+    assert len(front) == VLLM_BLOCK
     post(http, "/v1/completions", {**GREEDY, "prompt": front + one.ids(one.texts[0])}, one)
     for text in one.texts[1:]:
         before = hits(http)
         post(http, "/v1/completions", {**GREEDY, "prompt": front + one.ids(text)}, one)
-        assert hits(http) - before == BLOCK
+        assert hits(http) - before == VLLM_BLOCK
 
 
 def test_a_prompt_that_ends_within_a_block_is_computed_again(one, http):
-    front = one.exported.token_ids[2][: BLOCK - 1]
+    front = one.exported.token_ids[2][: VLLM_BLOCK - 1]
     post(http, "/v1/completions", {**GREEDY, "prompt": front + one.ids(one.texts[0])}, one)
     before = hits(http)
     post(http, "/v1/completions", {**GREEDY, "prompt": front + one.ids(one.texts[1])}, one)
@@ -194,7 +195,7 @@ def test_a_prompt_of_embeddings_is_computed_once_too(one, http, prompts):
     post(http, "/v1/completions", prompts.completion_body([one.texts[0]], [3], **GREEDY))
     before = hits(http)
     post(http, "/v1/completions", prompts.completion_body([one.texts[1]], [3], **GREEDY))
-    assert hits(http) - before == BLOCK
+    assert hits(http) - before == VLLM_BLOCK
 
 
 def test_what_the_engine_says_is_its_own_and_not_an_accident(one):

@@ -12,8 +12,9 @@ import pytest
 
 pytest.importorskip("vllm", reason="`make test-serving` makes an environment with it")
 
+from benchmarks.serving.engines import VLLM_BLOCK, vllm_environment
 from tests.patience import PATIENCE
-from tests.serving.vllm_server import BLOCK, ENVIRONMENT, cores, subject
+from tests.serving.vllm_server import subject
 
 ROOT = Path(__file__).parent.parent.parent
 CODE = """
@@ -37,9 +38,9 @@ if __name__ == "__main__":
 def test_whole_and_mixed_prompts_give_what_the_adapter_gives(tmp_path):
     one = subject("tiny", tmp_path)
     script = tmp_path / "script.py"
-    script.write_text(CODE.replace("BLOCK", str(BLOCK)))
+    script.write_text(CODE.replace("BLOCK", str(VLLM_BLOCK)))
     call = [sys.executable, str(script), str(one.adapter), str(one.base), json.dumps(one.texts)]
-    environment = {**os.environ, **ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": cores(), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **vllm_environment(), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(call, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("SAID "))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from peft import get_peft_model
 
 import idp_peft
 from benchmarks.common.reserved_port import reserved_port
+from benchmarks.serving.engines import VLLM_BLOCK, vllm_command, vllm_environment
 from idp_peft import IDPConfig
 from idp_peft.models.loading import load_model, load_tokenizer
 from idp_peft.serving import ExportedModel, export_to_vocab
@@ -25,20 +25,6 @@ from tests.patience import PATIENCE
 from tests.tiny import VOCAB
 from tests.tiny_chats import chat_tokenizer
 
-BLOCK = 32  # tokens of a cache block; the CPU backend wants a multiple of 32
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-
-
-def cores() -> str:
-    """The cores that this process may use, as vLLM wants them: it binds its threads itself."""
-    return ",".join(map(str, sorted(os.sched_getaffinity(0))))
-
 
 class VllmServer:
     """`python -m vllm.entrypoints.openai.api_server`, for a `with`. `kill` is what a machine does that runs out of memory."""
@@ -46,13 +32,10 @@ class VllmServer:
     def __init__(self, model: Path, log: Path, flags: tuple[str, ...] = ()) -> None:
         self.port, self._port_holder = reserved_port()
         self.url, self.log, self.process = f"http://127.0.0.1:{self.port}", log, None
-        self.command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        self.command += ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "idp"]
-        self.command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16"]
-        self.command += ["--block-size", str(BLOCK), *flags]
+        self.command = vllm_command(model, self.port, 16, 512, flags)
 
     def start(self) -> None:
-        environment = {**os.environ, **ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": cores()}
+        environment = {**os.environ, **vllm_environment()}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command, stdout=log, stderr=log, env=environment, cwd=self.log.parent, start_new_session=True
@@ -137,7 +120,7 @@ def subject(name: str, folder: Path) -> Subject:
     torch.manual_seed(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = IDPConfig(task_type="CAUSAL_LM", num_prompts=4, num_virtual_tokens=BLOCK)
+        config = IDPConfig(task_type="CAUSAL_LM", num_prompts=4, num_virtual_tokens=VLLM_BLOCK)
         get_peft_model(loaded, config).save_pretrained(folder / "adapter")
     exported = ExportedModel.from_folder(export_to_vocab(folder / "adapter", folder / "exported", base))
     model, _ = idp_peft.load(folder / "adapter", base)
