@@ -293,8 +293,8 @@ def main(folder: str, *jobs: str) -> None:
         if torch.distributed.get_rank() == 0:
             (Path(folder) / f"{job}.json").write_text(json.dumps(everyone))
     torch.distributed.destroy_process_group()
-    # A reducer that Python frees on its way out waits for gloo's threads, and these wait for the interpreter's lock: torch
-    # then never ends. Everything is written, so this process leaves at once.
+    # A reducer that Python frees on its way out waits for gloo's threads, and was seen to wait without end. Everything is
+    # written, so this process leaves at once.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
